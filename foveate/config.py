@@ -1,0 +1,138 @@
+"""Every setting, defined once: the command line's flags, the environment and the documentation come from here.
+
+Settings are frozen once resolved. Sections follow the parts of the system, and a field's name is its flag
+(``max_batch_size`` is ``--max-batch-size``) and, in upper case behind ``FOVEATE_``, its environment variable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DType = Literal["auto", "float32", "bfloat16"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and strict about unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Section):
+    """Which model, and in what form."""
+
+    model: str | None = None
+    """A checkpoint's folder or its name on the Hugging Face hub. Without one, the built-in demo model."""
+    served_model_name: str | None = None
+    """The name that requests use. Without one, the last part of the model's path, or foveate-demo."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy makes random weights of the right shapes, for measuring."""
+    config: str | None = None
+    """With --load-format dummy: the size to imitate, a preset (minicpm-v-2_6) or a folder with a config.json."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto takes the first GPU there is."""
+    dtype: DType = "auto"
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the engine's process; 0 takes all cores."""
+
+
+class EngineSettings(Section):
+    """Limits and policy of the language model's engine."""
+
+    max_batch_size: PositiveInt = 8
+    """Sequences that are decoded together."""
+    max_input_len: PositiveInt | None = None
+    """Longest prompt in tokens, pictures included. Without one, max_seq_len - 1."""
+    max_seq_len: PositiveInt | None = None
+    """Longest prompt and answer together. Without one, what the model was trained for, at most 32768."""
+    max_num_tokens: PositiveInt = 2048
+    """Tokens in one step: longer prompts are prefilled in chunks."""
+    kv_cache_free_mem_fraction: Fraction = 0.9
+    """Share of the memory that is free after loading the model for keys and values (on a CPU: at most 4 GiB)."""
+    num_kv_blocks: PositiveInt | None = None
+    """Exact number of KV blocks instead of a share of the memory."""
+    block_size: PositiveInt = 16
+    """Tokens in a KV block."""
+    scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+    """Admit only what can surely finish, or fill the memory and recompute what was preempted."""
+    enable_prefix_caching: bool = True
+    """Reuse keys and values of prompts that begin alike, pictures included."""
+    max_queue_size: PositiveInt = 256
+    """Sequences that may wait; more are refused with status 503."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> EngineSettings:
+        if self.max_input_len and self.max_seq_len and self.max_input_len >= self.max_seq_len:
+            raise ValueError(
+                f"max_input_len ({self.max_input_len}) must be less than max_seq_len ({self.max_seq_len}): "
+                "an answer needs at least one token"
+            )
+        if self.max_num_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_num_tokens ({self.max_num_tokens}) must be at least max_batch_size ({self.max_batch_size}): "
+                "every running sequence needs one token a step"
+            )
+        return self
+
+
+class VisionSettings(Section):
+    """Limits of the vision encoder."""
+
+    vision_batch_size: PositiveInt = 16
+    """Slices that are encoded in one step."""
+    embedding_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    """Memory for the embeddings of pictures seen before (least recently used go first)."""
+    max_vision_queue: PositiveInt = 256
+    """Pictures that may wait for the encoder; more are refused with status 503."""
+    preprocess_threads: PositiveInt = 2
+    """Threads that decode and resize pictures."""
+
+
+class HttpSettings(Section):
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but a loopback address needs --api-key."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 9997
+    """Port to listen on; 0 takes a free one and prints it."""
+    api_key: str | None = None
+    """Clients must send this key as a bearer token."""
+    max_body_bytes: PositiveInt = 64 * 2**20
+    """Largest request body."""
+    shutdown_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """How long running requests may take to finish after Ctrl-C."""
+
+
+class MediaSettings(Section):
+    """What the server fetches, and how much of it."""
+
+    allow_private_media: bool = False
+    """Fetch pictures from private and link-local addresses too."""
+    allowed_media_hosts: list[str] = []
+    """Hosts whose pictures are fetched although their addresses are private."""
+    allowed_media_path: str | None = None
+    """Folder whose pictures may be named by file: URLs."""
+    media_connect_seconds: Annotated[float, Field(gt=0)] = 5.0
+    """How long connecting to a picture's host may take."""
+    media_total_seconds: Annotated[float, Field(gt=0)] = 20.0
+    """How long fetching a picture may take in all."""
+    max_image_bytes: PositiveInt = 32 * 2**20
+    """Largest picture file."""
+    max_image_pixels: PositiveInt = 64_000_000
+    """Largest picture in pixels (width times height)."""
+    max_images_per_request: PositiveInt = 64
+    """Pictures in one request."""
+
+
+class Settings(Section):
+    """The whole service."""
+
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    vision: VisionSettings = VisionSettings()
+    http: HttpSettings = HttpSettings()
+    media: MediaSettings = MediaSettings()
