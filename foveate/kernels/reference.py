@@ -1,0 +1,136 @@
+"""Every operation in plain PyTorch: what runs where nothing faster does, and what everything faster is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalize ``x`` [..., hidden] by its root mean square in float32, then scale by ``weight`` [hidden]."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each [tokens, 1, head_dim // 2] in float32, for ``positions`` [tokens]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float()[:, None, None] / theta**exponents
+    return angles.cos(), angles.sin()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x`` [tokens, heads, head_dim] by the angles of :func:`rotary_cos_sin`, halves paired (GPT-NeoX style)."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up for ``gate_up`` [..., 2 * size], gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]
+) -> Tensor:
+    """Full attention within each of several packed sequences.
+
+    Args:
+        query: [sum(query_lengths), heads, head_dim].
+        key: [sum(key_lengths), heads, head_dim].
+        value: the shape of ``key``.
+        query_lengths: rows of each sequence in ``query``.
+        key_lengths: rows of each sequence in ``key`` and ``value``.
+
+    Returns:
+        [sum(query_lengths), heads, head_dim]
+    """
+    outputs = []
+    query_start = key_start = 0
+    # Neighbours of one size go together: no padding, and one call for a picture's slices.
+    for (rows, columns), group in groupby(zip(query_lengths, key_lengths, strict=True)):
+        count = sum(1 for _ in group)
+        q, k, v = (
+            tensor[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+            for tensor, start, length in (
+                (query, query_start, rows), (key, key_start, columns), (value, key_start, columns)
+            )
+        )  # fmt: skip
+        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        query_start += count * rows
+        key_start += count * columns
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def write_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Store new keys and values in the paged cache, in place.
+
+    Args:
+        key_cache: [blocks * block_size, kv_heads, head_dim].
+        value_cache: the shape of ``key_cache``.
+        key: [tokens, kv_heads, head_dim].
+        value: the shape of ``key``.
+        slots: [tokens], block * block_size + offset.
+    """
+    key_cache.index_copy_(0, slots, key)
+    value_cache.index_copy_(0, slots, value)
+
+
+def paged_decode_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, mask: Tensor | None
+) -> Tensor:
+    """One new token of each sequence attends to all its cached keys.
+
+    Args:
+        query: [batch, heads, head_dim].
+        key_cache: [blocks * block_size, kv_heads, head_dim].
+        value_cache: the shape of ``key_cache``.
+        slots: [batch, longest], where each sequence's keys are; beyond its end, any slot.
+        mask: [batch, 1, 1, longest], True where a key is the sequence's own; None if all are.
+
+    Returns:
+        [batch, heads, head_dim]
+    """
+    batch, longest = slots.shape
+    flat = slots.flatten()
+    key = key_cache.index_select(0, flat).unflatten(0, (batch, longest)).transpose(1, 2)
+    value = value_cache.index_select(0, flat).unflatten(0, (batch, longest)).transpose(1, 2)
+    # The query heads that share a KV head become rows of one query: no copy of keys and values per head.
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).flatten(1, 2)
+
+
+def paged_prefill_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, num_cached: int
+) -> Tensor:
+    """A chunk of one sequence's prompt attends to what came before it and, causally, to itself.
+
+    Args:
+        query: [tokens, heads, head_dim].
+        key_cache: [blocks * block_size, kv_heads, head_dim].
+        value_cache: the shape of ``key_cache``.
+        slots: [num_cached + tokens], where the sequence's keys are, this chunk's included.
+        num_cached: tokens of the sequence before this chunk.
+
+    Returns:
+        [tokens, heads, head_dim]
+    """
+    key = key_cache.index_select(0, slots).transpose(0, 1)
+    value = value_cache.index_select(0, slots).transpose(0, 1)
+    repeats = query.shape[1] // key.shape[0]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+    mask = None
+    if num_cached:
+        rows = torch.arange(num_cached, slots.shape[0], device=query.device)
+        mask = rows[:, None] >= torch.arange(slots.shape[0], device=query.device)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], key[None], value[None], attn_mask=mask, is_causal=mask is None
+    )
+    return attended[0].transpose(0, 1)
