@@ -8,6 +8,7 @@ which another service sees it::
         ContextLengthExceeded       400  context_length_exceeded
         PictureError                400  invalid_image
         FetchError                  400  image_unreachable
+      Unauthorized                  401  invalid_api_key
       ModelNotFound                 404  model_not_found
       RequestTooLarge               413  request_too_large
       Overloaded                    503  overloaded          (with Retry-After)
@@ -65,6 +66,12 @@ class FetchError(InvalidRequest):
     """A picture's URL could not be fetched, or may not be."""
 
     code = "image_unreachable"
+
+
+class Unauthorized(FoveateError):
+    """The request lacks the server's API key, or brings another one."""
+
+    status, type, code, grpc = 401, "invalid_request_error", "invalid_api_key", "UNAUTHENTICATED"
 
 
 class ModelNotFound(FoveateError):

@@ -6,6 +6,7 @@ The faster implementations are compared with :mod:`foveate.kernels.reference`, w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -40,13 +41,17 @@ def varlen_attention(
         return reference.varlen_attention(query, key, value, query_lengths, key_lengths)
     from torch.nn.attention.varlen import varlen_attn
 
-    def offsets(lengths: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
-
+    query_offsets, key_offsets = (_offsets(tuple(lengths), query.device) for lengths in (query_lengths, key_lengths))
     attended: Tensor = varlen_attn(
-        query, key, value, offsets(query_lengths), offsets(key_lengths), max(query_lengths), max(key_lengths)
+        query, key, value, query_offsets, key_offsets, max(query_lengths), max(key_lengths)
     )
     return attended
+
+
+@lru_cache(maxsize=32)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    # Cached, since every layer of a forward pass asks for the same ones: one copy to the device instead of one a layer.
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def implementations(device: torch.device) -> dict[str, str]:

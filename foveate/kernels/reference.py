@@ -72,64 +72,66 @@ def write_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor,
     """Store new keys and values in the paged cache, in place.
 
     Args:
-        key_cache: [blocks * block_size, kv_heads, head_dim].
+        key_cache: [blocks, block_size, kv_heads, head_dim].
         value_cache: the shape of ``key_cache``.
         key: [tokens, kv_heads, head_dim].
         value: the shape of ``key``.
         slots: [tokens], block * block_size + offset.
     """
-    key_cache.index_copy_(0, slots, key)
-    value_cache.index_copy_(0, slots, value)
+    key_cache.flatten(0, 1).index_copy_(0, slots, key)
+    value_cache.flatten(0, 1).index_copy_(0, slots, value)
 
 
 def paged_decode_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, mask: Tensor | None
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, mask: Tensor | None
 ) -> Tensor:
     """One new token of each sequence attends to all its cached keys.
 
     Args:
         query: [batch, heads, head_dim].
-        key_cache: [blocks * block_size, kv_heads, head_dim].
+        key_cache: [blocks, block_size, kv_heads, head_dim]; what was never written must be finite.
         value_cache: the shape of ``key_cache``.
-        slots: [batch, longest], where each sequence's keys are; beyond its end, any slot.
-        mask: [batch, 1, 1, longest], True where a key is the sequence's own; None if all are.
+        block_tables: [batch, longest], the sequences' blocks; beyond a sequence's end, any block.
+        mask: [batch, 1, 1, longest * block_size], True where a key is the sequence's own; None if all are.
 
     Returns:
         [batch, heads, head_dim]
     """
-    batch, longest = slots.shape
-    flat = slots.flatten()
-    key = key_cache.index_select(0, flat).unflatten(0, (batch, longest)).transpose(1, 2)
-    value = value_cache.index_select(0, flat).unflatten(0, (batch, longest)).transpose(1, 2)
+    key, value = (
+        cache.index_select(0, block_tables.flatten()).unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)
+        for cache in (key_cache, value_cache)
+    )
     # The query heads that share a KV head become rows of one query: no copy of keys and values per head.
     grouped = query.unflatten(1, (key.shape[1], -1))
     return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).flatten(1, 2)
 
 
 def paged_prefill_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, num_cached: int
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, num_cached: int
 ) -> Tensor:
     """A chunk of one sequence's prompt attends to what came before it and, causally, to itself.
 
     Args:
         query: [tokens, heads, head_dim].
-        key_cache: [blocks * block_size, kv_heads, head_dim].
+        key_cache: [blocks, block_size, kv_heads, head_dim].
         value_cache: the shape of ``key_cache``.
-        slots: [num_cached + tokens], where the sequence's keys are, this chunk's included.
+        block_table: [longest], the blocks of the sequence's first num_cached + tokens tokens.
         num_cached: tokens of the sequence before this chunk.
 
     Returns:
         [tokens, heads, head_dim]
     """
-    key = key_cache.index_select(0, slots).transpose(0, 1)
-    value = value_cache.index_select(0, slots).transpose(0, 1)
+    total = num_cached + query.shape[0]
+    key, value = (
+        cache.index_select(0, block_table).flatten(0, 1)[:total].transpose(0, 1) for cache in (key_cache, value_cache)
+    )
     repeats = query.shape[1] // key.shape[0]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
     mask = None
     if num_cached:
-        rows = torch.arange(num_cached, slots.shape[0], device=query.device)
-        mask = rows[:, None] >= torch.arange(slots.shape[0], device=query.device)
+        positions = torch.arange(total, device=query.device)
+        mask = positions[num_cached:, None] >= positions
     attended = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None], key[None], value[None], attn_mask=mask, is_causal=mask is None
     )

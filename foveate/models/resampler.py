@@ -15,23 +15,34 @@ _EPS = 1e-6
 _HEAD_DIM = 128
 
 
-@lru_cache(maxsize=256)
-def sincos_positions(rows: int, columns: int, size: int) -> Tensor:
-    """Return the 2-D position embedding of a slice: float32 [rows * columns, size].
+@lru_cache(maxsize=8)
+def axis_table(length: int, half_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the embedding of places along one axis, each as [sin | cos]: [length, half_size]."""
+    frequencies = 1.0 / 10000 ** (torch.arange(half_size // 2, dtype=torch.float32) / (half_size // 2))
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=1).to(device, dtype)
 
-    The first half encodes the column, the second the row, each as [sin | cos]. It is absolute: a patch's embedding
-    does not depend on how large its slice is.
+
+@lru_cache(maxsize=1024)
+def patch_places(rows: int, columns: int) -> Tensor:
+    """Return every patch's column and row, row by row: int64 [2, rows * columns]."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack((column.flatten(), row.flatten()))
+
+
+def sincos_positions(
+    tgt_sizes: Sequence[tuple[int, int]], size: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the 2-D position embedding of packed slices: [patches, size].
+
+    The first half encodes the column, the second the row. It is absolute: a patch's embedding does not depend on
+    how large its slice is. It has no upper end either: the tables grow with the largest slice.
     """
-    quarter = size // 4
-    frequencies = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
-
-    def encode(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float32)[:, None] * frequencies
-        return torch.cat((angles.sin(), angles.cos()), dim=1)
-
-    by_column = encode(columns)[None].expand(rows, -1, -1)
-    by_row = encode(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat((by_column, by_row), dim=-1).flatten(0, 1)
+    longest = max(max(pair) for pair in tgt_sizes)
+    # Rounded up, so that a few tables serve all sizes.
+    table = axis_table(max(128, 1 << (longest - 1).bit_length()), size // 2, device, dtype)
+    places = torch.cat([patch_places(rows, columns) for rows, columns in tgt_sizes], dim=1).to(device)
+    return table[places].transpose(0, 1).flatten(1)
 
 
 class Resampler(nn.Module):
@@ -66,9 +77,7 @@ class Resampler(nn.Module):
             [slices, query_num, hidden_size]
         """
         values = self.ln_kv(self.kv_proj(features))
-        size = values.shape[-1]
-        positions = torch.cat([sincos_positions(rows, columns, size) for rows, columns in tgt_sizes])
-        keys = values + positions.to(values.device, values.dtype)
+        keys = values + sincos_positions(tgt_sizes, values.shape[-1], values.device, values.dtype)
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
         bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
         # The queries are the same for every slice: project them once, then repeat.

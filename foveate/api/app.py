@@ -1,0 +1,160 @@
+"""The HTTP application: every route, and what is around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from foveate.api import docs
+from foveate.api.body import read_chat_request
+from foveate.api.chat import ChatService, unknown_model
+from foveate.api.completion import Model, ModelList
+from foveate.api.errors import (
+    HungUp,
+    handle_foveate_error,
+    handle_hang_up,
+    handle_http_error,
+    json_response,
+)
+from foveate.api.identity import fingerprint, version
+from foveate.api.middleware import AccessControl, RequestScope
+from foveate.api.response import EventStream, unless_hung_up
+from foveate.api.stream import Completion
+from foveate.chat.assets import ModelAssets
+from foveate.config import Settings
+from foveate.engine.client import EngineClient
+from foveate.errors import FoveateError, Unavailable
+from foveate.media.fetch import MediaFetcher
+from foveate.telemetry import Metrics
+from foveate.vision.client import VisionClient
+
+_STATS_SECONDS = 2.0
+
+
+def create_app(
+    settings: Settings, assets: ModelAssets, model_name: str, engine: EngineClient, vision: VisionClient
+) -> FastAPI:
+    """Make the application. It runs on the event loop on which the caller starts and closes the two clients.
+
+    Args:
+        settings: the whole service's.
+        assets: what the checkpoint's folder says without its weights.
+        model_name: the name that requests use.
+        engine: where tokens come from.
+        vision: where pictures are encoded.
+    """
+    metrics = Metrics()
+    fetcher = MediaFetcher(settings.media)
+    service = ChatService(
+        assets, model_name, settings.media, engine=engine, vision=vision, fetcher=fetcher, metrics=metrics
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await fetcher.close()
+
+    app = docs.DocumentedApp(
+        title="Foveate",
+        version=version(),
+        lifespan=lifespan,
+        # A redirect would repeat whatever host name the client sent.
+        redirect_slashes=False,
+        exception_handlers={
+            FoveateError: handle_foveate_error,
+            HTTPException: handle_http_error,
+            HungUp: handle_hang_up,
+            ClientDisconnect: handle_hang_up,
+        },
+    )
+    # The last one added is the outermost.
+    app.add_middleware(AccessControl, settings=settings.http)
+    app.add_middleware(RequestScope, metrics=metrics)
+    _add_chat(app, service, settings.http.max_body_bytes)
+    _add_models(app, model_name, engine)
+    _add_status(app, model_name, engine, metrics)
+    return app
+
+
+def _add_chat(app: FastAPI, service: ChatService, max_body_bytes: int) -> None:
+    system_fingerprint = fingerprint(service.model_name, service.assets)
+
+    @app.post("/v1/chat/completions", openapi_extra=docs.CHAT_COMPLETION)
+    async def create_chat_completion(http: Request) -> Response:
+        """Answer a conversation, in one piece or as a stream of events."""
+        arrived = time.perf_counter()
+        chat_request = await read_chat_request(http, max_body_bytes)
+        stream, options = chat_request.stream, chat_request.stream_options
+        chat = await unless_hung_up(http.receive, service.plan(chat_request, arrived))
+        # Let go of the request: its pictures are large.
+        del chat_request
+        completion = Completion(service, chat, system_fingerprint)
+        if stream:
+            return EventStream(completion.events(include_usage=bool(options and options.include_usage)))
+        return json_response(await unless_hung_up(http.receive, completion.whole()))
+
+
+def _add_models(app: FastAPI, model_name: str, engine: EngineClient) -> None:
+    created = int(time.time())
+
+    def model() -> Model:
+        limit = engine.ready.max_seq_len if engine.ready else None
+        return Model(id=model_name, created=created, max_model_len=limit)
+
+    @app.get("/v1/models", openapi_extra=docs.MODEL_LIST)
+    async def list_models() -> Response:
+        """List the models that requests may name."""
+        return json_response(ModelList(data=[model()]))
+
+    @app.get("/v1/models/{model_id:path}", openapi_extra=docs.MODEL)
+    async def retrieve_model(model_id: str) -> Response:
+        """Describe one model."""
+        if model_id != model_name:
+            raise unknown_model(model_id, model_name)
+        return json_response(model())
+
+
+def _add_status(app: FastAPI, model_name: str, engine: EngineClient, metrics: Metrics) -> None:
+    @app.get("/health", openapi_extra=docs.STATUS)
+    async def health() -> Response:
+        """Say that this process lives."""
+        return json_response({"status": "ok"})
+
+    @app.get("/ready", openapi_extra=docs.STATUS)
+    async def ready() -> Response:
+        """Say whether requests will be answered: 200, or 503 and why not."""
+        if engine.ready is None:
+            raise Unavailable("The engine is not ready: it is loading its model, or is being restarted.")
+        return json_response({"status": "ready"})
+
+    @app.get("/version", openapi_extra=docs.STATUS)
+    async def show_version() -> Response:
+        """Name the server's version and its model."""
+        return json_response({"version": version(), "model": model_name})
+
+    @app.get("/metrics", openapi_extra=docs.METRICS)
+    async def show_metrics() -> Response:
+        """Show counters and times in Prometheus' format."""
+        metrics.engine.update(await _engine_stats(engine))
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _engine_stats(engine: EngineClient) -> dict[str, Any]:
+    """Ask the engine for its numbers; one that is away, or busy for long, has none."""
+    if engine.ready is None:
+        return {}
+    try:
+        async with asyncio.timeout(_STATS_SECONDS):
+            return msgspec.structs.asdict(await engine.stats())
+    except (FoveateError, TimeoutError):
+        return {}

@@ -1,0 +1,117 @@
+"""What happens to every request before it reaches its route: an id, a log line, a count, and who may come in.
+
+Plain ASGI: the framework's own base class would put a queue between each token and its client.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from foveate.api.errors import error_response, internal_error, json_response, refusal
+from foveate.config import HttpSettings
+from foveate.errors import Unauthorized
+from foveate.telemetry import Metrics, request_id
+
+logger = logging.getLogger(__name__)
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_GUARDED = ("/v1/", "/metrics")
+
+
+class RequestScope:
+    """Gives a request its id, answers when nobody else could, and writes its line in the log."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        identity = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        token = request_id.set(identity)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identity.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:  # a bug in one request is no reason to leave its client without an answer
+            logger.exception("internal error")
+            if not status:
+                await json_response(internal_error(), 500)(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            seconds = time.perf_counter() - started
+            # Quoted, because a path may hold anything, line breaks too.
+            logger.info("%s %r %d %.3f s", scope["method"], scope["path"], status, seconds)
+            request_id.reset(token)
+
+
+class AccessControl:
+    """Keeps out who has no key, and web pages that try to reach a local server through a browser."""
+
+    def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
+        self.app = app
+        self._key = settings.api_key.encode() if settings.api_key else None
+        self._host = settings.host.lower()
+        # A name that an attacker points at 127.0.0.1 arrives as that name. With a key that gains nothing,
+        # and a proxy in front may use any name.
+        self._check_host = self._key is None and (self._host == "localhost" or _is_loopback(self._host))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host = headers.get("host")
+        if self._check_host and host is not None and not self._is_own(host):
+            message = (
+                f"The host {host[:100]!r} is not served here: without an API key, a server answers to "
+                "localhost and its own address only, so that no web page can reach it under another name."
+            )
+            await refusal(403, message, "host_not_allowed")(scope, receive, send)
+        elif self._key and scope["path"].startswith(_GUARDED) and not self._has_key(headers):
+            error = Unauthorized("This server needs its API key, as the header 'Authorization: Bearer KEY'.")
+            await error_response(error)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:\d*)?", host)
+        if match is None:
+            return False
+        name = match[1].strip("[]").rstrip(".").lower()
+        return name in ("localhost", self._host) or _is_loopback(name)
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        assert self._key is not None
+        # Headers are decoded as Latin-1: encoding them so gives the client's bytes back.
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

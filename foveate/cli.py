@@ -1,0 +1,86 @@
+"""The ``foveate`` command. Nothing but the command line itself is imported before a command is chosen.
+
+Exit codes: 0 done, 1 failed, 2 a bad setting or flag, 3 a bad checkpoint, 4 the worker could not be kept
+alive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+from foveate.errors import CheckpointError, ConfigError, FoveateError
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_CHECKPOINT = 3
+EXIT_INTERRUPTED = 130
+
+
+def version() -> str:
+    """Return the installed version of Foveate."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed_version
+
+    try:
+        return installed_version("foveate")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def show_version() -> int:
+    """Print the version."""
+    print(f"foveate {version()}")
+    return 0
+
+
+app = App(
+    name="foveate",
+    help="Serve vision-language models over an OpenAI-compatible API.",
+    version=lambda: f"foveate {version()}",
+    help_epilogue="Every command has its own --help.",
+    result_action="return_value",
+)
+# Commands are named, not imported: the first two bring in half a second of libraries each.
+app.command("foveate.deploy.serve:command", name="serve", help="Start the server.", sort_key=1)
+app.command("foveate.bench:command", name="bench", help="Measure a server under load.", sort_key=2)
+app.command(show_version, name="version", help="Print the version.", sort_key=3)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Errors that a user can mend are one line on standard error, without a traceback.
+
+    Args:
+        argv: the arguments; those of the process if not given.
+    """
+    sys.exit(_run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        result = app(list(argv), exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _fail(f"{error} Try --help.", EXIT_CONFIG)
+    except ConfigError as error:
+        return _fail(error.message, EXIT_CONFIG)
+    except CheckpointError as error:
+        return _fail(error.message, EXIT_CHECKPOINT)
+    except FoveateError as error:
+        return _fail(error.message, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

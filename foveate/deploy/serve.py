@@ -1,0 +1,212 @@
+"""``foveate serve``: the API in this process, the engine and the vision encoder in a child of its own.
+
+The order is chosen for a quick start and a clean end: settings and port are checked before anything is
+started, the child comes up while this process imports its own half, and the child ends after the last
+request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING, NoReturn
+
+import psutil
+import uvicorn
+import uvloop
+
+from foveate.config import Settings
+from foveate.deploy.flags import settings_command
+from foveate.deploy.instance import instance_directory
+from foveate.deploy.listen import listen, url_of
+from foveate.deploy.resolve import ResolvedModel, resolve_model
+from foveate.deploy.supervise import Child, ChildFailed, RestartPolicy, keep_alive
+from foveate.deploy.welcome import curl_line, ready_line
+from foveate.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from foveate.engine.client import EngineClient
+    from foveate.vision.client import VisionClient
+
+EXIT_CHILD_FAILED = 4
+EXIT_INTERRUPTED = 130
+CHILD_STOP_SECONDS = 5.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> int:
+    """Start the server and keep it running until Ctrl-C; return the exit code.
+
+    Raises:
+        ConfigError: a setting is impossible on this machine.
+        CheckpointError: the model is not there, or is not one that can be served.
+    """
+    configure_logging()
+    signal.signal(signal.SIGTERM, _interrupt)
+    with contextlib.closing(listen(settings.http)) as listener:
+        model = resolve_model(settings.model)
+        settings = settings.model_copy(update={"model": model.settings})
+        print(f"Loading {model.name} from {model.folder} ...", flush=True)
+        with instance_directory(settings) as directory:
+            child = Child([sys.executable, "-m", "foveate.worker", str(directory)])
+            child.start()
+            try:
+                service = Service(settings, model, listener, directory, child)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    return runner.run(service.run())
+            finally:
+                child.kill()
+
+
+command = settings_command(serve)
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    """Treat SIGTERM before the event loop runs as Ctrl-C: what was started is ended."""
+    raise KeyboardInterrupt
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, with the signals left to :class:`Service`, which has a child to end as well."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+class Service:
+    """The running service: HTTP server, clients of the child, and the child's supervision.
+
+    Args:
+        settings: as resolved.
+        model: what is served.
+        listener: the bound and listening socket.
+        directory: the instance's directory.
+        child: the started worker.
+        policy: when it is started again; the default one if not given.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: ResolvedModel,
+        listener: socket,
+        directory: Path,
+        child: Child,
+        policy: RestartPolicy | None = None,
+    ) -> None:
+        # This takes a second, in which the child, which is already running, imports torch.
+        from foveate.api.app import create_app
+        from foveate.chat.assets import ModelAssets
+        from foveate.engine.client import EngineClient
+        from foveate.vision.client import VisionClient
+
+        self.model = model
+        self.listener = listener
+        self.url = url_of(listener)
+        self.has_key = settings.http.api_key is not None
+        self.child = child
+        self.policy = policy
+        self.engine: EngineClient = EngineClient(f"ipc://{directory}/engine.ipc")
+        self.vision: VisionClient = VisionClient(f"ipc://{directory}/vision.ipc")
+        assets = ModelAssets.from_folder(model.folder)
+        app = create_app(settings, assets, model.name, self.engine, self.vision)
+        self.server = Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(settings.http.shutdown_seconds),
+            )
+        )
+        # At the level info uvicorn tells of every step of its own life; ours is told in this module.
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        self._died = asyncio.Event()
+        self._interrupted = False
+
+    async def run(self) -> int:
+        """Serve until a signal comes or the child is given up; return the exit code."""
+        loop = asyncio.get_running_loop()
+        main = asyncio.current_task()
+        assert main is not None
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, main)
+        await self.engine.start()
+        await self.vision.start()
+        serving = asyncio.create_task(self.server.serve([self.listener]))
+        watching = asyncio.create_task(keep_alive(self.child, self._on_death, policy=self.policy))
+        announcing = asyncio.create_task(self._announce())
+        try:
+            await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+            return await self._end(serving, watching)
+        except asyncio.CancelledError:
+            # The second signal: nothing is waited for any more.
+            self.child.kill()
+            return EXIT_INTERRUPTED
+        finally:
+            for task in (serving, watching, announcing):
+                task.cancel()
+            await asyncio.gather(serving, watching, announcing, return_exceptions=True)
+            await self.engine.close()
+            await self.vision.close()
+
+    async def _end(self, serving: asyncio.Task[None], watching: asyncio.Task[None]) -> int:
+        """End what is still running, the HTTP server first, and return the exit code."""
+        code = 0
+        failure = watching.exception() if watching.done() else None
+        if failure is not None:
+            if not isinstance(failure, ChildFailed):
+                raise failure
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+            code = failure.exit_code or EXIT_CHILD_FAILED
+            self.server.should_exit = True
+        await serving
+        # Nobody is to start the child again while it is being ended.
+        watching.cancel()
+        await asyncio.to_thread(self.child.stop, CHILD_STOP_SECONDS)
+        return code
+
+    def _on_signal(self, main: asyncio.Task[int]) -> None:
+        if self._interrupted:
+            main.cancel()
+            return
+        self._interrupted = True
+        print("Stopping; running requests may finish. Ctrl-C again ends at once.", flush=True)
+        self.server.should_exit = True
+
+    def _on_death(self, reason: str) -> None:
+        self.engine.disconnected(reason)
+        self.vision.disconnected(reason)
+        self._died.set()
+
+    async def _announce(self) -> None:
+        """Print that requests are answered now, and again after each restart of the child."""
+        again = False
+        while True:
+            ready = await self.engine.wait_ready()
+            seconds = None if again else _seconds_since_start()
+            print(ready_line(self.url, self.model.name, ready.device, ready.dtype, seconds), flush=True)
+            if not again:
+                print(f"Try it:\n\n{curl_line(self.url, self.model.name, self.has_key)}\n", flush=True)
+            again = True
+            await self._died.wait()
+            self._died.clear()
+
+
+def _seconds_since_start() -> float:
+    """Seconds since the process was created: the interpreter's own start counts as well."""
+    return time.time() - float(psutil.Process().create_time())

@@ -1,0 +1,158 @@
+"""The API process's end of the engine: requests go out, each one's tokens come back to whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from foveate.engine.messages import Abort, Chunk, Failure, Generate, GetStats, Ready, Reply, Request, Stats, Step
+from foveate.errors import EngineError, FoveateError, Unavailable, from_wire
+
+_RETRY_SECONDS = 2.0
+
+
+class EngineClient:
+    """Talks to one engine over ZeroMQ. The engine connects; it may go and come back.
+
+    Args:
+        address: where to listen, such as ``ipc:///run/foveate/engine.ipc``.
+
+    Attributes:
+        ready: what the engine said of itself, or None while there is none.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.ready: Ready | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._arrived = asyncio.Event()
+        self._waiting: dict[str, asyncio.Queue[Chunk | FoveateError]] = {}
+        self._stats: list[asyncio.Future[Stats]] = []
+
+    async def start(self) -> None:
+        """Listen for the engine."""
+        self._socket = self._context.socket(zmq.DEALER)
+        # Without a limit on either side: how much may be on its way is decided by the engine's bounded queue.
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self.address)
+        self._reader = asyncio.create_task(self._read(), name="engine-client")
+
+    async def close(self) -> None:
+        """Stop listening; whoever still waits gets an error."""
+        self.disconnected("the server is shutting down")
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        if self._socket is not None:
+            self._socket.close()
+        self._context.term()
+
+    async def wait_ready(self) -> Ready:
+        """Wait until an engine is there."""
+        while self.ready is None:
+            await self._arrived.wait()
+        return self.ready
+
+    def disconnected(self, reason: str) -> None:
+        """Give up on an engine that has died: everything that waits for it ends with an error."""
+        self.ready = None
+        self._arrived.clear()
+        for queue in self._waiting.values():
+            queue.put_nowait(EngineError(f"the engine stopped: {reason}"))
+        for future in self._stats:
+            if not future.done():
+                future.set_exception(Unavailable(f"the engine stopped: {reason}"))
+        self._stats.clear()
+
+    async def generate(self, request: Generate) -> AsyncIterator[Chunk]:
+        """Yield the tokens of all ``n`` sequences as they come, until each has finished.
+
+        Closing the iterator early aborts what is left of the request.
+
+        Raises:
+            FoveateError: the engine refused the request, or failed.
+        """
+        queue: asyncio.Queue[Chunk | FoveateError] = asyncio.Queue()
+        self._waiting[request.request_id] = queue
+        unfinished = request.n
+        try:
+            await self._send(request)
+            while unfinished:
+                item = await queue.get()
+                if isinstance(item, FoveateError):
+                    unfinished = 0
+                    raise item
+                if item.finish_reason is not None:
+                    unfinished -= 1
+                yield item
+        finally:
+            del self._waiting[request.request_id]
+            if unfinished:
+                self._send_now(Abort(request.request_id))
+
+    def abort(self, request_id: str, index: int) -> None:
+        """End one sequence of a request whose iterator goes on: its last chunk says ``stop``."""
+        self._send_now(Abort(request_id, index))
+        queue = self._waiting.get(request_id)
+        if queue is not None:
+            queue.put_nowait(Chunk(request_id=request_id, index=index, token_ids=[], finish_reason="stop"))
+
+    async def stats(self) -> Stats:
+        """Ask the engine for a snapshot.
+
+        Raises:
+            Unavailable: there is no engine.
+        """
+        future: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        await self._send(GetStats())
+        self._stats.append(future)
+        return await future
+
+    async def _send(self, request: Request) -> None:
+        if self.ready is None or self._socket is None:
+            raise Unavailable("the engine is not ready", retry_after=_RETRY_SECONDS)
+        await self._socket.send(msgspec.msgpack.encode(request))
+
+    def _send_now(self, request: Request) -> None:
+        """Send from where nothing may be awaited; an engine that is gone needs no telling."""
+        if self.ready is not None and self._socket is not None:
+            # The socket has no high-water mark, so this future is done at once.
+            self._socket.send(msgspec.msgpack.encode(request), flags=zmq.NOBLOCK)
+
+    async def _read(self) -> None:
+        assert self._socket is not None
+        decoder = msgspec.msgpack.Decoder(Reply)
+        while True:
+            self._dispatch(decoder.decode(await self._socket.recv()))
+
+    def _dispatch(self, reply: Reply) -> None:
+        match reply:
+            case Step():
+                # A sequence that nobody waits for any more may still have had a token on its way.
+                for chunk in reply.chunks:
+                    if queue := self._waiting.get(chunk.request_id):
+                        queue.put_nowait(chunk)
+                for failure in reply.failures:
+                    if queue := self._waiting.get(failure.request_id):
+                        queue.put_nowait(_error(failure))
+            case Stats():
+                for future in self._stats:
+                    if not future.done():
+                        future.set_result(reply)
+                self._stats.clear()
+            case Ready():
+                self.ready = reply
+                self._arrived.set()
+
+
+def _error(failure: Failure) -> FoveateError:
+    return from_wire(failure.code, failure.message, status=failure.status, retry_after=failure.retry_after)

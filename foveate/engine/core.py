@@ -1,0 +1,196 @@
+"""The engine's loop: take in messages, schedule, run, send."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+import msgspec
+import numpy as np
+import torch
+import zmq
+
+from foveate.engine.messages import Abort, Chunk, Failure, Generate, GetStats, Ready, Reply, Request, Step
+from foveate.engine.runner import ModelRunner
+from foveate.engine.sampling import Sampled
+from foveate.engine.scheduler import ScheduledBatch, Scheduler
+from foveate.engine.sequence import ImageSpan, Sequence
+from foveate.engine.state import SequenceState
+from foveate.errors import EngineError, FoveateError, InvalidRequest
+from foveate.transport.handle import EmbeddingHandle, EmbeddingSource
+
+logger = logging.getLogger(__name__)
+
+_IDLE_MILLISECONDS = 1000
+_SEED_BITS = 62
+
+
+class EngineCore:
+    """One engine: a runner, a scheduler, and where embeddings come from.
+
+    Args:
+        runner: runs steps.
+        scheduler: decides them.
+        embeddings: where handles are read.
+        eos_token_ids: the model's own end tokens.
+        max_seq_len: most tokens of a prompt and its answer together.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        embeddings: EmbeddingSource,
+        *,
+        eos_token_ids: frozenset[int],
+        max_seq_len: int,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.embeddings = embeddings
+        self.eos_token_ids = eos_token_ids
+        self.max_seq_len = max_seq_len
+
+    def ready(self) -> Ready:
+        """Describe the engine to its clients."""
+        return Ready(
+            max_batch_size=self.scheduler.max_batch_size,
+            max_input_len=self.scheduler.max_input_len,
+            max_seq_len=self.max_seq_len,
+            num_blocks=self.runner.num_blocks,
+            block_size=self.runner.block_size,
+            device=str(self.runner.device),
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+        )
+
+    def serve(self, socket: zmq.Socket[bytes]) -> None:
+        """Answer whoever is at the other end of ``socket``, for ever."""
+        decoder = msgspec.msgpack.Decoder(Request)
+        encoder = msgspec.msgpack.Encoder()
+        socket.send(encoder.encode(self.ready()))
+        while True:
+            while socket.poll(0 if self.scheduler.has_work else _IDLE_MILLISECONDS):
+                for reply in self.handle(decoder.decode(socket.recv())):
+                    socket.send(encoder.encode(reply))
+            if self.scheduler.has_work:
+                socket.send(encoder.encode(self.step()))
+            else:
+                self.scheduler.check()
+
+    def handle(self, request: Request) -> list[Reply]:
+        """Take in one message; return what there is to say at once."""
+        match request:
+            case Generate():
+                try:
+                    self._add(request)
+                except FoveateError as error:
+                    return [Step(failures=[_failure(request.request_id, error)])]
+            case Abort():
+                self.scheduler.abort(request.request_id, request.index)
+            case GetStats():
+                return [self.scheduler.stats()]
+        return []
+
+    def step(self) -> Step:
+        """Schedule and run one step; a step that fails ends its own requests and nothing else."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return Step()
+        try:
+            sampled = self.runner.run(batch)
+        except torch.AcceleratorError:
+            # The device's context is lost: only a new process helps, and the parent starts one.
+            logger.exception("the device failed")
+            raise
+        except Exception:
+            logger.exception("a step failed")
+            return Step(failures=self._give_up(batch))
+        return Step(chunks=self._chunks(batch, sampled))
+
+    def _chunks(self, batch: ScheduledBatch, sampled: Sampled) -> list[Chunk]:
+        results = self.scheduler.update(batch, sampled.token_ids)
+        return [
+            Chunk(
+                request_id=result.seq.request_id,
+                index=result.seq.index,
+                token_ids=[] if result.finish_reason == "stop" else [result.token_id],
+                logprobs=[logprob] if logprob and result.finish_reason != "stop" else None,
+                finish_reason=result.finish_reason,
+                stop_token=result.token_id if result.finish_reason == "stop" else None,
+                num_cached_tokens=result.seq.num_cached_tokens,
+            )
+            for result, logprob in zip(results, sampled.logprobs, strict=True)
+        ]
+
+    def _give_up(self, batch: ScheduledBatch) -> list[Failure]:
+        ended = {seq.request_id for seq in self.scheduler.rollback(batch)}
+        for request_id in ended:
+            self.scheduler.abort(request_id)
+        error = EngineError("the engine failed while it worked on this request; see its log")
+        return [_failure(request_id, error) for request_id in ended]
+
+    def _add(self, request: Generate) -> None:
+        """Queue a request's sequences, all or none, and release its handles either way."""
+        try:
+            rows = [self._read(slot.handle, sum(length for _, length in slot.ranges)) for slot in request.images]
+        finally:
+            for slot in request.images:
+                self.embeddings.release(slot.handle)
+        self._check_ids(request)
+        images = [ImageSpan(slot.ranges, slot.handle.digest) for slot in request.images]
+        first = request.sampling.seed
+        seqs = [
+            Sequence(
+                request_id=request.request_id,
+                index=index,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling=request.sampling,
+                eos_token_ids=self.eos_token_ids,
+                max_seq_len=self.max_seq_len,
+                images=images,
+            )
+            for index in range(request.n)
+        ]
+        positions = [np.arange(start, start + length) for slot in request.images for start, length in slot.ranges]
+        embeddings = torch.cat(rows) if rows else None
+        for seq in seqs:
+            seed = secrets.randbits(_SEED_BITS) if first is None else first + seq.index
+            state = SequenceState(seed=_signed(seed), embeddings=embeddings)
+            if positions:
+                state.image_positions = np.concatenate(positions)
+            self.runner.admit(seq, state)
+        self.scheduler.add(*seqs)
+
+    def _read(self, handle: EmbeddingHandle, wanted: int) -> torch.Tensor:
+        rows: torch.Tensor = self.embeddings.read(handle)
+        hidden = self.runner.model.config.hidden_size
+        if tuple(rows.shape) != (wanted, hidden):
+            raise InvalidRequest(f"a picture has embeddings {list(rows.shape)}, and its places need {[wanted, hidden]}")
+        return rows.to(self.runner.device)
+
+    def _check_ids(self, request: Generate) -> None:
+        """Keep ids from outside the vocabulary away from the device, where they would end more than their request."""
+        vocab_size = self.runner.model.config.vocab_size
+        for name, ids in (
+            ("the prompt", request.prompt_token_ids),
+            ("logit_bias", request.sampling.logit_bias),
+            ("stop_token_ids", request.sampling.stop_token_ids),
+        ):
+            outside = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
+            if outside is not None:
+                raise InvalidRequest(f"{name} has token id {outside}, and the vocabulary ends at {vocab_size - 1}")
+
+
+def _signed(seed: int) -> int:
+    """Bring any integer into the range of int64."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _failure(request_id: str, error: FoveateError) -> Failure:
+    return Failure(
+        request_id=request_id,
+        code=error.code,
+        message=error.message,
+        status=error.status,
+        retry_after=error.retry_after,
+    )

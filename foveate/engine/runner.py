@@ -1,0 +1,104 @@
+"""Runs scheduled steps on the language model, and owns the memory of its keys and values."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from torch import Tensor
+
+from foveate.config import EngineSettings
+from foveate.engine.batch import Batch, PagedAttention, build
+from foveate.engine.sampling import Sampled, prepare, sample
+from foveate.engine.scheduler import ScheduledBatch
+from foveate.engine.sequence import Sequence
+from foveate.engine.state import SequenceState
+from foveate.errors import ConfigError
+from foveate.models.qwen2 import Qwen2
+
+_CPU_CACHE_BYTES = 4 * 2**30
+# On a CPU, keys and values of this many full batches are plenty: more would only displace other programs' memory.
+_CPU_CACHE_BATCHES = 4
+
+
+class ModelRunner:
+    """The language model with its KV cache.
+
+    Args:
+        model: on its device.
+        settings: limits.
+        max_seq_len: most tokens of a sequence.
+        reserved_bytes: free memory to leave alone, for activations.
+    """
+
+    def __init__(self, model: Qwen2, settings: EngineSettings, max_seq_len: int, *, reserved_bytes: int = 0) -> None:
+        self.model = model
+        self.block_size = settings.block_size
+        weight = model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        config = model.config
+        shape = (self.block_size, config.num_key_value_heads, config.head_dim)
+        block_bytes = config.num_hidden_layers * 2 * torch.Size(shape).numel() * self.dtype.itemsize
+        self.num_blocks = settings.num_kv_blocks or self._affordable(settings, max_seq_len, block_bytes, reserved_bytes)
+        # Zeros: attention multiplies what is masked by zero, which must not be NaN.
+        self.kv_cache = torch.zeros(
+            config.num_hidden_layers, 2, self.num_blocks, *shape, dtype=self.dtype, device=self.device
+        )
+
+    def _affordable(self, settings: EngineSettings, max_seq_len: int, block_bytes: int, reserved: int) -> int:
+        share = settings.kv_cache_free_mem_fraction
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = int((torch.cuda.mem_get_info(self.device)[0] - reserved) * share)
+        else:
+            plenty = _CPU_CACHE_BATCHES * settings.max_batch_size * -(-max_seq_len // self.block_size) * block_bytes
+            free = min(int(psutil.virtual_memory().available * share), _CPU_CACHE_BYTES, plenty)
+        blocks = free // block_bytes
+        needed = -(-max_seq_len // self.block_size)
+        if blocks < needed:
+            raise ConfigError(
+                f"the free memory holds keys and values of {max(blocks, 0) * self.block_size} tokens, but max_seq_len is "
+                f"{max_seq_len}: set a smaller --max-seq-len"
+            )
+        return blocks
+
+    def admit(self, seq: Sequence, state: SequenceState) -> None:
+        """Give a sequence its state, before it is scheduled."""
+        prepare(seq, state, self.model.config.vocab_size, self.device)
+        seq.payload = state
+
+    @torch.inference_mode()
+    def run(self, scheduled: ScheduledBatch) -> Sampled:
+        """Run one step.
+
+        Returns:
+            a token for each of ``scheduled.sampling``, in order
+        """
+        batch = build(scheduled, self.block_size, self.device)
+        hidden = self._forward(batch)
+        if not batch.samples:
+            return Sampled([], [])
+        logits = self.model.logits(hidden[batch.sample_rows])
+        sampled = sample(logits, [item.seq for item in batch.samples])
+        return _reordered(sampled, batch, scheduled)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        x = self.model.embed_tokens(batch.token_ids)
+        for rows, embeddings in batch.pictures:
+            x.index_copy_(0, rows, embeddings.to(x.device, x.dtype))
+        hidden: Tensor = self.model(x, batch.positions, PagedAttention(batch, self.kv_cache))
+        return hidden
+
+    @torch.inference_mode()
+    def profile(self, num_tokens: int) -> None:
+        """Run the layers over ``num_tokens`` tokens of nothing, so that the peak of memory can be read off."""
+        config = self.model.config
+        x = torch.zeros(num_tokens, config.hidden_size, dtype=self.dtype, device=self.device)
+        positions = torch.arange(num_tokens, device=self.device)
+        self.model.logits(self.model(x, positions, lambda _layer, query, _key, _value: query)[-1:])
+
+
+def _reordered(sampled: Sampled, batch: Batch, scheduled: ScheduledBatch) -> Sampled:
+    """Bring the samples from the batch's order, decodes first, into the scheduler's."""
+    place = {id(item): index for index, item in enumerate(batch.samples)}
+    order = [place[id(item)] for item in scheduled.sampling]
+    return Sampled([sampled.token_ids[i] for i in order], [sampled.logprobs[i] for i in order])

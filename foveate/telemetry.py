@@ -1,0 +1,131 @@
+"""Logs with request ids, and Prometheus metrics.
+
+Each application makes its own :class:`Metrics` with a registry of its own, so that two never meet.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""The id of the HTTP request that the current task works for, or ``-``."""
+
+_FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+
+
+class RequestIdFilter(logging.Filter):
+    """Gives every record the ``request_id`` of the task that logs it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the id; no record is dropped."""
+        record.request_id = request_id.get()
+        return True
+
+
+def configure_logging(level: LogLevel = "info") -> None:
+    """Send the logs of this process, as plain text with request ids, to standard error.
+
+    Calling it again replaces what it set up before.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RequestIdFilter())
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    if level != "debug":
+        # One line for each picture that is fetched would drown everything else.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        logging.getLogger("httpcore").setLevel(logging.WARNING)
+
+
+class EngineCollector(Collector):
+    """Shows the engine's own numbers under ``foveate_engine_``, as of the last :meth:`update`."""
+
+    _COUNTERS: Mapping[str, str] = {
+        "steps": "Steps the engine has run",
+        "prompt_tokens": "Prompt tokens of admitted sequences",
+        "cached_tokens": "Prompt tokens whose keys and values a prefix hit supplied",
+        "generated_tokens": "Tokens sampled",
+        "preemptions": "Sequences evicted to be recomputed later",
+        "finished": "Sequences that ended by themselves",
+        "aborted": "Sequences that were given up",
+    }
+    _GAUGES: Mapping[str, str] = {
+        "num_waiting": "Sequences that wait for admission",
+        "num_running": "Sequences in the batch",
+        "free_blocks": "KV blocks that hold nothing",
+        "cached_blocks": "KV blocks that nobody uses but a prefix hit may",
+        "total_blocks": "KV blocks",
+    }
+
+    def __init__(self) -> None:
+        self._stats: Mapping[str, int] = {}
+
+    def update(self, stats: Mapping[str, int]) -> None:
+        """Show these numbers from now on; an empty mapping shows none (the engine is away)."""
+        self._stats = stats
+
+    def describe(self) -> Iterator[Metric]:
+        """Name nothing in advance: what is shown depends on the engine."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each number that the engine gave."""
+        for name, help_text in self._COUNTERS.items():
+            if name in self._stats:
+                yield CounterMetricFamily(f"foveate_engine_{name}", help_text, value=self._stats[name])
+        for name, help_text in self._GAUGES.items():
+            if name in self._stats:
+                yield GaugeMetricFamily(f"foveate_engine_{name}", help_text, value=self._stats[name])
+
+
+class Metrics:
+    """What the API process counts and times. All times are in seconds."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.engine = EngineCollector()
+        registry.register(self.engine)
+        self.running = Gauge("foveate_requests_running", "Chat completions under way", registry=registry)
+
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(f"foveate_{name}", help_text, labels, registry=registry)
+
+        self.requests = counter("requests", "HTTP requests answered", "route", "status")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered requests")
+        self.completion_tokens = counter("completion_tokens", "Tokens of answers")
+        self.pictures = counter(
+            "pictures", "Pictures encoded, by whether their embeddings were there", "cached"
+        )
+        for cached in ("false", "true"):
+            # Shown as 0 before the first picture.
+            self.pictures.labels(cached)
+
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"foveate_{name}_seconds", help_text, buckets=buckets, registry=registry)
+
+        self.fetch_seconds = histogram("picture_fetch", "Fetching one picture")
+        self.encode_seconds = histogram("picture_encode", "Encoding one picture, with its wait for it")
+        self.prefill_seconds = histogram("prefill", "From the engine's queue to the first token")
+        self.ttft_seconds = histogram("time_to_first_token", "From a request's arrival to its first token")
+        self.tpot_seconds = histogram(
+            "time_per_output_token", "Between tokens, mean of one sequence", _TOKEN_SECONDS
+        )
+        self.request_seconds = histogram("request", "From a request's arrival to the end of its answer")
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)

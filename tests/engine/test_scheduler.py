@@ -1,0 +1,388 @@
+"""Every sequence is answered once, as if it were alone, whatever else the scheduler has to do."""
+
+from random import Random
+from typing import Any
+
+import pytest
+from fake_engine import MAX_SEQ_LEN, UNK, Engine, sequence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from foveate.engine.scheduler import ScheduledBatch
+from foveate.engine.sequence import ImageSpan
+from foveate.errors import ContextLengthExceeded, EngineError, Overloaded
+
+POLICIES = ("guaranteed_no_evict", "max_utilization")
+
+# Random workloads.
+
+PREFIXES = [
+    [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5],
+    [1, 2, 3, 4, 5, 6, 7, 7, 7],
+    [UNK] * 10,
+    [4, UNK, UNK, UNK, UNK],
+]
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[list[int], list[ImageSpan]]:
+    """Prompts that often begin alike, with pictures over any run of placeholders, whole or in slices."""
+    prefix = draw(st.sampled_from(PREFIXES))
+    tokens = prefix[: draw(st.integers(1, len(prefix)))] + draw(
+        st.lists(st.sampled_from([1, UNK]), max_size=8)
+    )
+    images: list[ImageSpan] = []
+    start = 0
+    while start < len(tokens):
+        end = start
+        while end < len(tokens) and tokens[end] == UNK:
+            end += 1
+        if end > start:
+            cut = draw(st.integers(start + 1, end))
+            ranges = [(start, cut - start), (cut, end - cut)] if cut < end else [(start, end - start)]
+            digest = draw(st.sampled_from([b"cat", b"dog"]))
+            together = draw(st.booleans())
+            images += [ImageSpan(ranges, digest)] if together else [ImageSpan([r], digest) for r in ranges]
+        start = end + 1
+    return tokens, images
+
+
+samplings = st.fixed_dictionaries(
+    {
+        "max_tokens": st.integers(1, 24),
+        "min_tokens": st.sampled_from([0, 0, 3]),
+        "ignore_eos": st.sampled_from([True, True, False]),
+        "stop_token_ids": st.sampled_from([[], [], [], [3]]),
+    }
+)
+configurations = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 2, 4, 4]),
+        "max_batch_size": st.integers(1, 5),
+        "max_num_tokens": st.sampled_from([5, 6, 7, 11, 24]),
+        "max_queue_size": st.sampled_from([3, 100]),
+        "scheduler_policy": st.sampled_from(POLICIES),
+        "enable_prefix_caching": st.sampled_from([True, True, False]),
+    }
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests, steps, hang-ups and failing steps in any order."""
+
+    @initialize(configuration=configurations, size=st.sampled_from([0.5, 1, 1, 2]))
+    def start(self, configuration: dict[str, Any], size: float) -> None:
+        num_blocks = int(size * MAX_SEQ_LEN / configuration["block_size"])
+        self.engine = Engine(num_blocks=num_blocks, **configuration)
+        self.number = 0
+
+    @rule(prompt=prompts(), sampling=samplings, n=st.sampled_from([1, 1, 1, 2]))
+    def add(self, prompt: tuple[list[int], list[ImageSpan]], sampling: dict[str, Any], n: int) -> None:
+        self.number += 1
+        seqs = [sequence(f"r{self.number}", *prompt, index=index, **sampling) for index in range(n)]
+        scheduler, capacity = self.engine.scheduler, self.engine.scheduler.allocator.num_blocks
+        waiting = list(scheduler.waiting)
+        fits = -(-(seqs[0].max_len - 1) // self.engine.settings.block_size) <= capacity
+        queued = len(waiting) + n <= self.engine.settings.max_queue_size
+        if fits and queued:
+            self.engine.add(*seqs)
+            return
+        with pytest.raises(Overloaded if fits else ContextLengthExceeded):
+            scheduler.add(*seqs)
+        assert list(scheduler.waiting) == waiting
+
+    @rule(count=st.sampled_from([1, 1, 2, 8]))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.engine.step()
+
+    @precondition(lambda self: self.number)
+    @rule(data=st.data(), index=st.sampled_from([None, None, 0, 1]))
+    def abort(self, data: st.DataObject, index: int | None) -> None:
+        self.engine.abort(f"r{data.draw(st.integers(1, self.number))}", index)
+
+    @rule()
+    def failing_step(self) -> None:
+        self.engine.step(fail=True)
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.scheduler.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.finish()
+            assert not (self.engine.scheduler.guaranteed and self.engine.scheduler.stats().preemptions)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(deadline=None, max_examples=150, stateful_step_count=25)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=500)
+def test_crowded_engines_answer_everybody_as_if_alone(seed: int) -> None:
+    random = Random(seed)  # Much cheaper than to draw everything: more workloads in the same time.
+    block_size = random.choice([1, 2, 4])
+    engine = Engine(
+        num_blocks=random.randint(MAX_SEQ_LEN, 2 * MAX_SEQ_LEN) // block_size,
+        block_size=block_size,
+        max_batch_size=random.randint(1, 5),
+        max_num_tokens=random.choice([5, 6, 7, 11, 24]),
+        scheduler_policy=random.choice(POLICIES),
+        enable_prefix_caching=random.random() < 0.7,
+    )
+    for number in range(random.randint(3, 9)):
+        tokens = random.choice(PREFIXES) + random.choices([1, UNK], k=random.randint(0, 8))
+        start = random.randrange(len(tokens))
+        image = ImageSpan([(start, random.randint(1, len(tokens) - start))], random.choice([b"cat", b"dog"]))
+        ends = {"ignore_eos": random.random() < 0.7, "min_tokens": random.choice([0, 3])}
+        images = [image] if random.random() < 0.5 else []
+        engine.add(sequence(f"r{number}", tokens, images, max_tokens=random.randint(1, 24), **ends))
+    engine.finish()
+    assert engine.admitted == engine.added
+    assert not (engine.scheduler.guaranteed and engine.scheduler.stats().preemptions)
+
+
+# One behaviour at a time.
+
+TEXT = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
+
+
+def chunks(batch: ScheduledBatch | None) -> list[tuple[str, int, int, bool]]:
+    assert batch is not None
+    return [(item.seq.request_id, item.start, item.num_tokens, item.samples) for item in batch.items]
+
+
+def test_an_idle_scheduler_has_no_step() -> None:
+    scheduler = Engine(num_blocks=4).scheduler
+    assert not scheduler.has_work
+    assert scheduler.schedule() is None
+
+
+def test_decodes_come_first_and_prompts_are_cut_to_the_budget() -> None:
+    engine = Engine(num_blocks=30, max_num_tokens=6, max_batch_size=4)
+    engine.add(sequence("a", [5, 5], ignore_eos=True))
+    assert chunks(engine.step()) == [("a", 0, 2, True)]
+    engine.add(sequence("b", TEXT), sequence("c", [6]))
+    assert chunks(engine.step()) == [("a", 2, 1, True), ("b", 0, 5, False)]
+    assert chunks(engine.step()) == [("a", 3, 1, True), ("b", 5, 5, True)]
+    assert chunks(engine.step())[-1] == ("c", 0, 1, True)
+    engine.finish()
+
+
+def test_a_long_prompt_is_not_overtaken() -> None:
+    engine = Engine(num_blocks=10, max_num_tokens=8, max_batch_size=8)
+    engine.add(sequence("first", [5], max_tokens=20, ignore_eos=True))
+    engine.step()
+    engine.add(sequence("long", [6] * 24, max_tokens=12), *(sequence(f"s{i}", [i]) for i in range(20)))
+    while not any(seq.request_id == "long" for seq in engine.admitted):
+        engine.step()
+        assert len(engine.admitted) <= 2
+    engine.finish()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_prompt_in_one_step_is_computed_once(policy: str) -> None:
+    engine = Engine(num_blocks=20, scheduler_policy=policy)
+    one, two = (sequence("r", TEXT, index=index) for index in range(2))
+    engine.add(one, two)
+    assert chunks(engine.step()) == [("r", 0, 10, True), ("r", 8, 2, True)]
+    assert (one.num_cached_tokens, two.num_cached_tokens) == (0, 8)
+    assert one.block_table[:2] == two.block_table[:2]
+    assert one.block_table[2] != two.block_table[2]
+    engine.finish()
+    stats = engine.scheduler.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (20, 8)
+
+
+@pytest.mark.parametrize(("length", "cached"), [(7, 4), (8, 4), (9, 8)])
+def test_the_last_token_of_a_prompt_is_always_computed(length: int, cached: int) -> None:
+    engine = Engine(num_blocks=20)
+    engine.add(sequence("first", TEXT[:length]))
+    engine.finish()
+    again = sequence("again", TEXT[:length])
+    engine.add(again)
+    assert chunks(engine.step()) == [("again", cached, length - cached, True)]
+    assert again.num_cached_tokens == cached
+    engine.finish()
+
+
+def test_answers_are_cached_for_the_next_turn() -> None:
+    engine = Engine(num_blocks=20)
+    first = sequence("first", TEXT[:6], max_tokens=8, ignore_eos=True)
+    engine.add(first)
+    engine.finish()
+    assert first.num_tokens == 14
+    following = sequence("next", [*first.token_ids, 5, 5, 5])
+    engine.add(following)
+    engine.step()
+    assert following.num_cached_tokens == 12
+    engine.finish()
+
+
+@pytest.mark.parametrize(
+    ("image", "cached"),
+    [
+        (ImageSpan([(2, 8)], b"cat"), 8),
+        (ImageSpan([(2, 8)], b"dog"), 0),
+        (ImageSpan([(2, 4), (6, 4)], b"cat"), 4),
+        (ImageSpan([(3, 7)], b"cat"), 0),
+    ],
+    ids=["same", "another picture", "same rows, other slices", "rows shifted"],
+)
+def test_only_the_same_rows_of_the_same_picture_are_shared(image: ImageSpan, cached: int) -> None:
+    engine = Engine(num_blocks=20)
+    tokens = [1, 2, *[UNK] * 8, 3]
+    engine.add(sequence("first", tokens, [ImageSpan([(2, 8)], b"cat")]))
+    engine.finish()
+    again = sequence("again", tokens, [image])
+    engine.add(again)
+    engine.step()
+    assert again.num_cached_tokens == cached
+    engine.finish()
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    engine = Engine(num_blocks=20, enable_prefix_caching=False)
+    engine.add(*(sequence("r", TEXT, index=index) for index in range(3)))
+    engine.finish()
+    assert engine.scheduler.stats().cached_tokens == 0
+
+
+def test_guaranteed_no_evict_admits_what_can_surely_finish() -> None:
+    engine = Engine(num_blocks=5)
+    engine.add(*(sequence(name, [ord(name)] * 3, max_tokens=9, ignore_eos=True) for name in "ab"))
+    assert [seq for seq, *_ in chunks(engine.step())] == [
+        "a"
+    ]  # 3 blocks each: prompt and answer less a token
+    engine.finish()
+    assert engine.scheduler.stats().preemptions == 0
+
+
+def test_max_utilization_preempts_the_last_admitted_and_sends_nothing_twice() -> None:
+    engine = Engine(num_blocks=5, max_batch_size=2, scheduler_policy="max_utilization")
+    seqs = [sequence(name, [ord(name)] * 3, max_tokens=16, ignore_eos=True) for name in "ab"]
+    engine.add(*seqs, sequence("c", [1]))
+    assert [seq for seq, *_ in chunks(engine.step())] == ["a", "b"]
+    while not engine.scheduler.stats().preemptions:
+        engine.step()
+    assert (seqs[0].num_preemptions, seqs[1].num_preemptions) == (0, 1)
+    assert [seq.request_id for seq in engine.scheduler.waiting] == ["b", "c"]
+    assert seqs[1].num_output_tokens > 0
+    assert seqs[1].num_computed_tokens == 0
+    engine.finish()
+    assert [len(engine.sent[seq]) for seq in seqs] == [16, 16]
+
+
+def test_max_utilization_leaves_the_running_a_block_to_grow_into() -> None:
+    engine = Engine(num_blocks=4, scheduler_policy="max_utilization")
+    engine.add(sequence("a", [5] * 7, ignore_eos=True), sequence("b", [6] * 8, ignore_eos=True))
+    assert [seq for seq, *_ in chunks(engine.step())] == ["a"]
+    engine.finish()
+    assert engine.scheduler.stats().preemptions == 0
+
+
+def test_preempted_sequences_keep_their_order() -> None:
+    engine = Engine(num_blocks=6, scheduler_policy="max_utilization", max_batch_size=3, block_size=1)
+    engine.add(*(sequence(name, [ord(name)], max_tokens=6, ignore_eos=True) for name in "abc"))
+    while len(engine.scheduler.running) != 1 or len(engine.scheduler.waiting) != 2:
+        engine.step()
+    assert [seq.request_id for seq in engine.scheduler.waiting] == ["b", "c"]
+    engine.finish()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_sequence_as_large_as_the_cache_finishes(policy: str) -> None:
+    engine = Engine(num_blocks=4, scheduler_policy=policy)
+    exact = [sequence(name, TEXT, max_tokens=7, ignore_eos=True) for name in "ab"]
+    engine.add(*exact)
+    engine.finish()
+    with pytest.raises(ContextLengthExceeded, match=r"10 tokens.*18 tokens.*holds 16"):
+        engine.add(sequence("c", TEXT, max_tokens=8))
+
+
+def test_prompts_over_the_limit_are_refused_with_both_numbers() -> None:
+    engine = Engine(num_blocks=20, max_input_len=9)
+    with pytest.raises(ContextLengthExceeded, match=r"10 tokens.*at most 9"):
+        engine.add(sequence("r", TEXT))
+    with pytest.raises(ContextLengthExceeded, match=r"40 tokens.*at most 39"):
+        Engine(num_blocks=20).add(sequence("r", [1] * MAX_SEQ_LEN))
+
+
+def test_a_full_queue_refuses_a_request_as_a_whole() -> None:
+    engine = Engine(num_blocks=20, max_queue_size=3)
+    engine.add(*(sequence("a", TEXT, index=index) for index in range(2)))
+    with pytest.raises(Overloaded) as refusal:
+        engine.add(*(sequence("b", TEXT, index=index) for index in range(2)))
+    assert refusal.value.retry_after
+    assert len(engine.scheduler.waiting) == 2
+    engine.finish()
+
+
+def test_abort_ends_waiting_and_running_sequences() -> None:
+    engine = Engine(num_blocks=30, max_batch_size=2)
+    seqs = [sequence("r", TEXT, index=index, max_tokens=9, ignore_eos=True) for index in range(4)]
+    engine.add(*seqs)
+    engine.step()
+    engine.abort("r", 1)
+    engine.abort("r", 3)
+    engine.abort("unknown")
+    assert [seq.finish_reason for seq in seqs] == [None, "abort", None, "abort"]
+    assert engine.scheduler.running == seqs[:1]
+    engine.abort("r")
+    assert not engine.scheduler.has_work
+    engine.finish()
+
+
+def test_an_abort_between_chunks_leaves_whole_blocks_only() -> None:
+    engine = Engine(num_blocks=30, max_num_tokens=6, max_batch_size=2)
+    engine.add(sequence("r", TEXT))
+    assert chunks(engine.step()) == [("r", 0, 6, False)]
+    engine.abort("r")
+    again = sequence("again", TEXT)
+    engine.add(again)
+    engine.step()
+    assert again.num_cached_tokens == 4
+    engine.finish()
+
+
+def test_a_failed_step_leaves_nothing_behind_but_the_queue() -> None:
+    engine = Engine(num_blocks=30, max_batch_size=2)
+    engine.add(*(sequence("r", TEXT, index=index) for index in range(3)))
+    engine.step(fail=True)
+    assert engine.scheduler.allocator.num_cached == 0
+    assert [seq.index for seq in engine.scheduler.waiting] == [2]
+    engine.finish()
+    assert engine.scheduler.stats().aborted == 2
+
+
+def test_a_failed_step_keeps_what_earlier_steps_computed() -> None:
+    engine = Engine(num_blocks=30, max_num_tokens=8, max_batch_size=2)
+    engine.add(sequence("r", [*TEXT, 4, 5, 6]))
+    engine.step()
+    engine.step(fail=True)
+    again = sequence("again", [*TEXT, 4, 5, 6])
+    engine.add(again)
+    engine.step()
+    assert again.num_cached_tokens == 8
+    engine.finish()
+
+
+def test_nothing_may_come_between_a_step_s_schedule_and_its_end() -> None:
+    scheduler = Engine(num_blocks=30).scheduler
+    scheduler.add(sequence("r", TEXT))
+    batch = scheduler.schedule()
+    assert batch is not None
+    with pytest.raises(EngineError, match="cannot abort while a step is open"):
+        scheduler.abort("r")
+    with pytest.raises(EngineError, match="cannot schedule another"):
+        scheduler.schedule()
+    with pytest.raises(EngineError, match="chose 2 tokens for 1 sequences"):
+        scheduler.update(batch, [1, 2])
+    assert [result.token_id for result in scheduler.update(batch, [5])] == [5]
+    for close in (lambda: scheduler.update(batch, [5]), lambda: scheduler.rollback(batch)):
+        with pytest.raises(EngineError, match="not the open one"):
+            close()

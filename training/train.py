@@ -1,0 +1,291 @@
+"""Trains the demo model from scratch: ``python -m training.train --help``.
+
+The schedule follows the clock, so that a run ends when it should on whatever machine it gets, and a run may be
+continued by another one. Beside the answers, a throw-away head learns to say what every patch shows: that teaches
+the encoder to read long before the decoder knows how to ask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from foveate.models.config import ModelConfig
+from foveate.models.minicpmv import MiniCPMV
+from foveate.models.resampler import sincos_positions
+from training.data import World
+from training.export import export
+from training.world.records import NUM_LABELS
+
+AUX_WEIGHT = 1.0
+BACKGROUND_WEIGHT = 0.05
+
+
+def initialize(model: MiniCPMV) -> None:
+    """Random weights, and queries that begin by looking at one cell each of an 8 × 8 grid."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+        else:
+            nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+    depth = 2 * len(model.language.layers)
+    with torch.no_grad():
+        for layer in model.language.layers:
+            layer.o_proj.weight.div_(math.sqrt(depth))
+            layer.down_proj.weight.div_(math.sqrt(depth))
+        for layer in model.vision.encoder.layers:
+            layer.out_proj.weight.div_(math.sqrt(2 * len(model.vision.encoder.layers)))
+            layer.fc2.weight.div_(math.sqrt(2 * len(model.vision.encoder.layers)))
+        _focus_queries(model)
+
+
+def _focus_queries(model: MiniCPMV) -> None:
+    resampler = model.vision.resampler
+    count, size = resampler.query.shape
+    side = math.isqrt(count)
+    device = resampler.query.device
+    table = sincos_positions([(40, 40)], size, device, torch.float32).unflatten(0, (40, 40))
+    places = (torch.arange(side, device=device) + 0.5) * (35 / side)
+    whole = places.round().long()
+    resampler.query.copy_(table[whole[:, None], whole].flatten(0, 1))
+    # Each head gets every other frequency of both axes; the high ones, which tell neighbours apart, count most.
+    frequencies = size // 4
+    gain = 1.7 * (torch.arange(frequencies, device=device) < frequencies // 4).float() + 0.2
+    heads = size // 128
+    selection = torch.zeros(size, size, device=device)
+    for head in range(heads):
+        chosen = torch.arange(head, frequencies, heads, device=device)
+        parts = [start + chosen for start in range(0, size, frequencies)]
+        for row, column in enumerate(torch.cat(parts).tolist()):
+            selection[head * 128 + row, column] = gain[column % frequencies]
+    weights = resampler.in_proj_weight
+    noise = 0.3 * size**-0.5
+    weights[:size].copy_(selection + noise * torch.randn_like(selection))
+    weights[size : 2 * size].copy_(selection + noise * torch.randn_like(selection))
+
+
+class Trainer:
+    """Model, optimizers and one step."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, peak: float) -> None:
+        self.device = device
+        self.model = MiniCPMV(config).to(device)
+        self.reader = nn.Linear(config.vision.hidden_size, 2 * NUM_LABELS).to(device)
+        initialize(self.model)
+        hidden = [
+            p
+            for n, p in self.model.named_parameters()
+            if p.dim() == 2 and "embed" not in n and "lm_head" not in n and not n.endswith("query")
+        ]
+        chosen = {id(p) for p in hidden}
+        rest = [p for p in [*self.model.parameters(), *self.reader.parameters()] if id(p) not in chosen]
+        self.optimizers = [
+            torch.optim.Muon(
+                hidden, lr=peak, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(
+                rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+            ),
+        ]
+        self.peak = peak
+        self.step_count = 0
+
+    def loss(self, batches: list[dict]) -> tuple[Tensor, dict[str, Tensor], list[tuple[list[str], Tensor]]]:
+        """Answer loss and reading loss of several batches together, and which turns would be answered exactly."""
+        language = self.model.language
+        sizes = [size for batch in batches for size in batch["tgt_sizes"]]
+        patches = torch.cat([batch["patches"].to(self.device, non_blocking=True) for batch in batches])
+        labels = torch.cat([batch["labels"].to(self.device, non_blocking=True) for batch in batches])
+        pixels = patches.to(torch.bfloat16) / 127.5 - 1.0
+        features = self.model.vision.encoder(pixels, sizes)
+        embeddings = self.model.vision.resampler(features, sizes).flatten(0, 1)
+        reading = self._reading_loss(features, labels)
+        widest = max(batch["ids"].shape[1] for batch in batches)
+        ids = torch.cat([F.pad(batch["ids"], (0, widest - batch["ids"].shape[1])) for batch in batches])
+        rows, positions, targets, turns, categories = self._places(batches, widest)
+        x = language.embed_tokens(ids.to(self.device, non_blocking=True).long()).flatten(0, 1)
+        x = x.index_copy(0, rows.to(self.device, non_blocking=True), embeddings.to(x.dtype))
+        count = len(ids)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(0, (count, widest)).transpose(1, 2) for t in (query, key, value))
+            return (
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                .transpose(1, 2)
+                .flatten(0, 1)
+            )
+
+        places = torch.arange(widest, device=self.device).repeat(count)
+        hidden = language(x, places, attend)[positions.to(self.device, non_blocking=True)]
+        logits = language.logits(hidden)
+        targets, turns = targets.to(self.device, non_blocking=True), turns.to(self.device, non_blocking=True)
+        answering = F.cross_entropy(logits, targets)
+        with torch.no_grad():
+            wrong = (logits.argmax(-1) != targets).float()
+            exact = torch.zeros(len(categories), device=self.device).index_add_(0, turns, wrong) == 0
+        parts = {"answer": answering.detach(), "reading": reading.detach()}
+        return answering + self.aux_weight * reading, parts, [(categories, exact)]
+
+    aux_weight = AUX_WEIGHT
+
+    def _reading_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        # All that is marked, and one background patch in sixteen: the background would outweigh everything.
+        kept = (labels != 0).any(1) | (torch.rand(len(labels), device=self.device) < 1 / 16)
+        index = kept.nonzero().squeeze(1)
+        scores = self.reader(features[index]).unflatten(-1, (2, NUM_LABELS)).flatten(0, 1).float()
+        return F.cross_entropy(scores, labels[index].flatten().long(), weight=self._label_weights)
+
+    @property
+    def _label_weights(self) -> Tensor:
+        weights = torch.ones(NUM_LABELS, device=self.device)
+        weights[0] = BACKGROUND_WEIGHT * 4
+        return weights
+
+    @staticmethod
+    def _places(batches: list[dict], widest: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+        """Renumber each batch's rows for the common width and the batches before it."""
+        rows, positions, turns, categories = [], [], [], []
+        before = 0
+        for batch in batches:
+            width = batch["ids"].shape[1]
+            for name, out in (("image_rows", rows), ("positions", positions)):
+                flat = batch[name]
+                out.append((flat // width + before) * widest + flat % width)
+            turns.append(batch["turns"] + len(categories))
+            categories += batch["categories"]
+            before += len(batch["ids"])
+        targets = torch.cat([batch["targets"] for batch in batches])
+        return torch.cat(rows), torch.cat(positions), targets, torch.cat(turns), categories
+
+    def step(
+        self, batches: list[dict], scale: float
+    ) -> tuple[dict[str, Tensor], list[tuple[list[str], Tensor]]]:
+        """One update at ``scale`` times the peak learning rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak * scale
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss, parts, exact = self.loss(batches)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step_count += 1
+        return parts, exact
+
+    def state(self) -> dict:
+        return {"model": self.model.state_dict(), "reader": self.reader.state_dict(), "steps": self.step_count,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
+        self.step_count = state["steps"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def scale_at(progress: float, steps: int) -> float:
+    """Warm up over 200 steps, hold, then fall to nothing over the last 45 % of the time."""
+    return min(1.0, (steps + 1) / 200) * min(1.0, max(0.0, (1.0 - progress) / 0.45))
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.time()
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    trainer = Trainer(ModelConfig.from_folder(args.model), device, args.lr)
+    out: Path = args.output
+    out.mkdir(parents=True, exist_ok=True)
+    resume = args.state / "state.pt"
+    if resume.exists():
+        trainer.restore(torch.load(resume, map_location=device, weights_only=True))
+        print(f"continuing after {trainer.step_count} steps")
+    world = World(
+        args.model, args.batch, seed=args.seed * 10_000_000 + int(args.start * 500_000_000), stage=args.start
+    )
+    loader = iter(
+        DataLoader(
+            world,
+            batch_size=None,
+            num_workers=args.workers,
+            prefetch_factor=4 if args.workers else None,
+            pin_memory=device.type == "cuda",
+        )
+    )
+    right: dict[str, list[float]] = defaultdict(list)
+    log = (out / "log.jsonl").open("a")
+    pending: list = []
+    last, seen, waited = time.time(), 0, 0.0
+    while (elapsed := time.time() - started) < args.seconds:
+        progress = args.start + (args.end - args.start) * elapsed / args.seconds
+        trainer.aux_weight = AUX_WEIGHT * max(0.1, 1 - 1.5 * progress)
+        asked = time.time()
+        batches = [next(loader) for _ in range(args.accumulate)]
+        waited += time.time() - asked
+        seen += sum(len(batch["ids"]) for batch in batches)
+        parts, exact = trainer.step(batches, scale_at(progress, trainer.step_count))
+        pending.append((parts, exact))
+        if len(pending) == args.every:
+            for _, results in pending:
+                for categories, flags in results:
+                    for category, flag in zip(categories, flags.tolist(), strict=True):
+                        right[category].append(flag)
+            entry = {"step": trainer.step_count, "progress": round(progress, 4), "seconds": round(elapsed, 1),
+                     "conversations_per_second": round(seen / (time.time() - last), 1),
+                     "waiting_for_data": round(waited / (time.time() - last), 2),
+                     **{name: round(sum(float(p[name]) for p, _ in pending) / len(pending), 4) for name in parts},
+                     "exact": {name: round(sum(flags) / len(flags), 3) for name, flags in sorted(right.items())}}  # fmt: skip
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            short = " ".join(
+                f"{name}={value:.2f}" for name, value in entry["exact"].items() if name.endswith("en")
+            )
+            print(
+                f"{entry['step']:6d} {elapsed:5.0f}s {entry['conversations_per_second']:6.0f}/s wait {entry['waiting_for_data']:.2f} answer {entry['answer']:.3f} reading {entry['reading']:.3f} {short}",
+                flush=True,
+            )
+            right.clear()
+            pending.clear()
+            last, seen, waited = time.time(), 0, 0.0
+    args.state.mkdir(parents=True, exist_ok=True)
+    torch.save(trainer.state(), resume)
+    export(trainer.model, out)
+    print(f"{trainer.step_count} steps, wrote {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder with config, tokenizer and preprocessor files"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--state", type=Path, default=Path("/tmp/foveate-training"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument(
+        "--start", type=float, default=0.0, help="where in the schedule this run begins, 0 to 1"
+    )
+    parser.add_argument("--end", type=float, default=1.0, help="where in the schedule this run ends, 0 to 1")
+    parser.add_argument("--stage", type=float, default=1.0, help="share of the hard pictures: 0 without slices, 1 all kinds")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=12, help="worker batches in one step")
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--every", type=int, default=50, help="steps between log lines")
+    parser.add_argument("--seed", type=int, default=1)
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
