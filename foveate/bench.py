@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -254,7 +255,7 @@ def command(
     concurrency: str = "1,8",
     requests: int = 32,
     output_tokens: int = 64,
-    prompt_words: int = 16,
+    prompt_words: int = 12,
     picture: str | None = None,
     same_picture: bool = False,
     warmup: int = 8,
@@ -277,7 +278,7 @@ def command(
         picture: Show a picture of this size, such as 448x448, with each question.
         same_picture: Show the same picture each time, which the server may remember.
         warmup: Requests before the first level; they are not counted.
-        seed: Draws the same questions and pictures again.
+        seed: Another number draws other questions and pictures.
         json: Write the results to this file as well.
     """
     if url is not None and serve_flags:
@@ -289,22 +290,21 @@ def command(
         "output-tokens": output_tokens,
         "prompt-words": prompt_words,
     }.items():
-        if value < 1:
-            raise ConfigError(f"--{name}: got {value}, expected an integer greater than 0")
+        _positive(f"--{name}", str(value), "an integer greater than 0")
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise ConfigError(f"--json: got {str(json)!r}, expected a file in a folder that exists")
     levels = [_positive("--concurrency", part, "integers such as 1,8") for part in concurrency.split(",")]
     workload = Workload(output_tokens, prompt_words, _size(picture), same_picture, seed)
-    key = os.environ.get("FOVEATE_API_KEY")
-    ready_seconds = None
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if url is not None:
-            model, results = runner.run(measure(url, key, workload, levels, requests, warmup))
-        else:
-            try:
-                with launched(serve_flags) as (url, ready_seconds):
-                    model, results = runner.run(measure(url, key, workload, levels, requests, warmup))
-            except LaunchFailed as error:
-                # The server has said why on standard error.
-                return error.exit_code if error.exit_code > 0 else 1
+    try:
+        with (
+            nullcontext((url, None)) if url is not None else launched(serve_flags) as (address, ready_seconds)
+        ):
+            key = os.environ.get("FOVEATE_API_KEY")
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                model, results = runner.run(measure(address, key, workload, levels, requests, warmup))
+    except LaunchFailed as error:
+        # The server has said why on standard error.
+        return error.exit_code if error.exit_code > 0 else 1
     scenario = "text" if picture is None else f"{picture} {'same ' if same_picture else ''}picture"
     print_table(f"{model}: {scenario}, {output_tokens} tokens out", results)
     if ready_seconds is not None:

@@ -6,8 +6,10 @@ alive, 130 interrupted.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
@@ -52,12 +54,17 @@ app.command(show_version, name="version", help="Print the version.", sort_key=3)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    Errors that a user can mend are one line on standard error, without a traceback.
+    SIGTERM is treated as Ctrl-C, so that what was started is ended. Errors that a user can mend are one line on standard error, without a traceback.
 
     Args:
         argv: the arguments; those of the process if not given.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(_run(sys.argv[1:] if argv is None else argv))
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -33,6 +33,7 @@ from foveate.vision.service import VisionService
 logger = logging.getLogger("foveate.worker")
 
 _LONGEST = 32768
+_SMALL_BYTES = 64 * 2**20
 EXIT_CODES: dict[type[FoveateError], int] = {ConfigError: 2, CheckpointError: 3}
 
 
@@ -51,7 +52,9 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+        raise ConfigError(
+            f"device: {name} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -74,8 +77,6 @@ def build(settings: Settings) -> tuple[EngineCore, VisionService]:
     folder = Path(settings.model.model)
     device = pick_device(settings.model.device)
     dtype = pick_dtype(settings.model.dtype, device)
-    if settings.model.threads:
-        torch.set_num_threads(settings.model.threads)
     assets = ModelAssets.from_folder(folder)
     model = _load(settings, folder, device, dtype)
     max_seq_len = _max_seq_len(settings, assets)
@@ -92,6 +93,8 @@ def build(settings: Settings) -> tuple[EngineCore, VisionService]:
     core = EngineCore(
         runner, scheduler, arena, eos_token_ids=frozenset(assets.eos_token_ids), max_seq_len=max_seq_len
     )
+    if device.type == "cpu":
+        torch.set_num_threads(settings.model.threads or _decode_threads(model))
     identity = hashlib.sha256(f"{folder.resolve()} {model.config} {dtype}".encode()).hexdigest()
     return core, VisionService(encoder, arena, assets.pictures, settings, identity)
 
@@ -102,11 +105,19 @@ def _load(settings: Settings, folder: Path, device: torch.device, dtype: torch.d
     return load_model(folder, device, dtype)
 
 
+def _decode_threads(model: MiniCPMV) -> int:
+    """Choose the decoder's threads: with weights that fit a core's cache, waking the others costs more than they do."""
+    size = sum(parameter.nbytes for parameter in model.language.parameters())
+    return 1 if size < _SMALL_BYTES else torch.get_num_threads()
+
+
 def _max_seq_len(settings: Settings, assets: ModelAssets) -> int:
     trained = assets.max_position_embeddings
     wanted = settings.engine.max_seq_len or min(trained, _LONGEST)
     if wanted > trained:
-        raise ConfigError(f"max_seq_len: got {wanted}, and the model was trained for {trained} tokens at most")
+        raise ConfigError(
+            f"max_seq_len: got {wanted}, and the model was trained for {trained} tokens at most"
+        )
     return wanted
 
 
@@ -119,7 +130,9 @@ def _activation_bytes(
     before = torch.cuda.memory_allocated(device)
     side = assets.pictures.scale_resolution // assets.pictures.patch_size
     # A slice may have a few patches more than the square, after rounding to whole ones.
-    patches = torch.zeros((side + 1) * (side + 2), 3 * assets.pictures.patch_size**2, dtype=torch.uint8).numpy()
+    patches = torch.zeros(
+        (side + 1) * (side + 2), 3 * assets.pictures.patch_size**2, dtype=torch.uint8
+    ).numpy()
     pixels = Pixels(patches, ((side + 1, side + 2),))
     encoder.encode([pixels] * settings.vision.vision_batch_size)
     config = model.language.config

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 from PIL import Image, ImageDraw
 
-_SYLLABLES = ("ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "wo", "zu")
+# Words that are one token each in most vocabularies.
+_WORDS = ["what", "where", "how", "many", "which", "is", "are", "the", "of", "in", "and", "on", "left", "right"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,8 @@ class Workload:
         picture = self._draw(rng)
         while True:
             # The number comes first: prompts that begin alike would hit the prefix cache.
-            words = ["".join(rng.choices(_SYLLABLES, k=2)) for _ in range(self.prompt_words)]
-            content: list[dict[str, Any]] = [
-                {"type": "text", "text": f"{rng.randrange(10**6)} {' '.join(words)}"}
-            ]
+            words = rng.choices(_WORDS, k=self.prompt_words)
+            content: list[dict[str, Any]] = [{"type": "text", "text": f"{rng.randrange(10**6)} {' '.join(words)}"}]
             if picture is not None:
                 content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
             yield msgspec.json.encode(
@@ -71,9 +70,7 @@ def draw_picture(width: int, height: int, rng: random.Random) -> bytes:
         return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
     ramp = Image.linear_gradient("L").resize((width, height))
-    picture = Image.composite(
-        Image.new("RGB", ramp.size, colour()), Image.new("RGB", ramp.size, colour()), ramp
-    )
+    picture = Image.composite(Image.new("RGB", ramp.size, colour()), Image.new("RGB", ramp.size, colour()), ramp)
     draw = ImageDraw.Draw(picture)
     for _ in range(8):
         x, y = rng.randrange(width), rng.randrange(height)

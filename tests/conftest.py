@@ -6,7 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from serving import RunningServer, running_server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, so that one command is right everywhere."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

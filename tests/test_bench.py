@@ -75,9 +75,7 @@ def faulty() -> Iterator[str]:
         thread.join()
 
 
-def test_a_real_server_is_measured(
-    server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_real_server_is_measured(server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     code = command(
         url=server.url,
@@ -116,9 +114,7 @@ def test_the_same_picture_is_encoded_once(server: RunningServer) -> None:
     assert encoded() - before == 5
 
 
-def test_every_fault_is_counted_by_name(
-    faulty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_fault_is_counted_by_name(faulty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     code = command(url=faulty, concurrency="1", requests=10, output_tokens=5, warmup=0, json=report)
     assert code == 1
@@ -141,11 +137,12 @@ def test_nobody_there_is_an_error_with_the_address() -> None:
         ({"concurrency": "0"}, "--concurrency: got '0'"),
         ({"picture": "448"}, "--picture: got ''"),
         ({"picture": "1x-1"}, "--picture: got '-1'"),
-        ({"requests": 0}, "--requests: got 0"),
-        ({"output_tokens": 0}, "--output-tokens: got 0"),
+        ({"requests": 0}, "--requests: got '0'"),
+        ({"output_tokens": -3}, "--output-tokens: got '-3'"),
+        ({"json": Path("/nowhere/report.json")}, "--json: got '/nowhere/report.json'"),
     ],
 )
-def test_a_bad_flag_is_named(arguments: dict[str, str | int], message: str) -> None:
+def test_a_bad_flag_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         command(url="http://127.0.0.1:1", **arguments)  # type: ignore[arg-type]
 

@@ -86,7 +86,9 @@ class Tokenizer:
             raise InvalidRequest(
                 f"the text has a lone surrogate (U+{code:04X}), which is no character"
             ) from error
-        return self._text.encode(text, add_special_tokens=False).ids
+        # Unlike encode, a batch releases the GIL: a long prompt does not stall the other answers.
+        ids: list[int] = self._text.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
 
     def encode_prompt(self, pieces: Iterable[Piece]) -> Prompt:
         """Turn a rendered conversation into a prompt.

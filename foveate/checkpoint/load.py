@@ -46,7 +46,9 @@ def load_model(
     for count, (name, tensor, file) in enumerate(_stored(folder), start=1):
         destination = expected.pop(name, None)
         if destination is None:
-            raise CheckpointError(f"{file}: tensor {name} does not belong to a {config.model_type} of this size")
+            raise CheckpointError(
+                f"{file}: tensor {name} does not belong to a {config.model_type} of this size"
+            )
         _fill(parameters[destination.parameter], tensor, name, destination, file)
         if progress:
             progress(count, total)

@@ -199,8 +199,6 @@ def _check_combinations(settings: Settings) -> None:
         ConfigError: says which, and what to do.
     """
     if settings.model.config is not None and settings.model.load_format != "dummy":
-        raise ConfigError(
-            "--config: only goes with --load-format dummy; a real model brings its own configuration"
-        )
+        raise ConfigError("--config: only goes with --load-format dummy; a real model brings its own configuration")
     if settings.http.api_key == "":
         raise ConfigError("--api-key: got an empty key; leave the flag out to serve without one")

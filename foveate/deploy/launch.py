@@ -27,9 +27,7 @@ class LaunchFailed(FoveateError):
 
 
 @contextmanager
-def launched(
-    flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, float]]:
+def launched(flags: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, float]]:
     """Run ``foveate serve`` on a free port while the context lasts.
 
     Args:

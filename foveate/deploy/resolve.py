@@ -60,9 +60,7 @@ def _dummy_size(config: str) -> tuple[Path, str]:
         if (folder / "config.json").is_file():
             return folder.resolve(), folder.resolve().name
     presets = ", ".join(sorted(path.name for path in PRESETS.iterdir() if path.is_dir()))
-    raise ConfigError(
-        f"--config: got {config!r}, expected a preset ({presets}) or a folder with a config.json"
-    )
+    raise ConfigError(f"--config: got {config!r}, expected a preset ({presets}) or a folder with a config.json")
 
 
 def _demo() -> Path:

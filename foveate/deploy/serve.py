@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from socket import socket
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import psutil
 import uvicorn
@@ -52,7 +52,6 @@ def serve(settings: Settings) -> int:
         CheckpointError: the model is not there, or is not one that can be served.
     """
     configure_logging()
-    signal.signal(signal.SIGTERM, _interrupt)
     with contextlib.closing(listen(settings.http)) as listener:
         model = resolve_model(settings.model)
         settings = settings.model_copy(update={"model": model.settings})
@@ -69,11 +68,6 @@ def serve(settings: Settings) -> int:
 
 
 command = settings_command(serve)
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    """Treat SIGTERM before the event loop runs as Ctrl-C: what was started is ended."""
-    raise KeyboardInterrupt
 
 
 class Server(uvicorn.Server):

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from foveate.engine.messages import Abort, Chunk, Failure, Generate, GetStats, Ready, Reply, Request, Stats, Step
+from foveate.engine.messages import (
+    Abort,
+    Chunk,
+    Failure,
+    Generate,
+    GetStats,
+    Ready,
+    Reply,
+    Request,
+    Stats,
+    Step,
+)
 from foveate.errors import EngineError, FoveateError, Unavailable, from_wire
 
 _RETRY_SECONDS = 2.0
@@ -73,7 +84,7 @@ class EngineClient:
                 future.set_exception(Unavailable(f"the engine stopped: {reason}"))
         self._stats.clear()
 
-    async def generate(self, request: Generate) -> AsyncIterator[Chunk]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
         """Yield the tokens of all ``n`` sequences as they come, until each has finished.
 
         Closing the iterator early aborts what is left of the request.
@@ -83,16 +94,19 @@ class EngineClient:
         """
         queue: asyncio.Queue[Chunk | FoveateError] = asyncio.Queue()
         self._waiting[request.request_id] = queue
-        unfinished = request.n
+        # By index, since a sequence that was aborted can end twice: here, and by a token that was on its way.
+        unfinished = set(range(request.n))
         try:
             await self._send(request)
             while unfinished:
                 item = await queue.get()
                 if isinstance(item, FoveateError):
-                    unfinished = 0
+                    unfinished.clear()
                     raise item
+                if item.index not in unfinished:
+                    continue
                 if item.finish_reason is not None:
-                    unfinished -= 1
+                    unfinished.remove(item.index)
                 yield item
         finally:
             del self._waiting[request.request_id]

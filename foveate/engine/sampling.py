@@ -32,7 +32,10 @@ def prepare(seq: Sequence, state: SequenceState, vocab_size: int, device: torch.
         state.counts = torch.zeros(vocab_size, device=device)
     if params.logit_bias:
         ids, values = zip(*params.logit_bias.items(), strict=True)
-        state.bias = torch.tensor(ids, device=device), torch.tensor(values, device=device, dtype=torch.float32)
+        state.bias = (
+            torch.tensor(ids, device=device),
+            torch.tensor(values, device=device, dtype=torch.float32),
+        )
     if params.min_tokens and seq.stop_ids:
         state.ends = torch.tensor(sorted(seq.stop_ids), device=device)
 

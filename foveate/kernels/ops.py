@@ -41,10 +41,13 @@ def varlen_attention(
         return reference.varlen_attention(query, key, value, query_lengths, key_lengths)
     from torch.nn.attention.varlen import varlen_attn
 
-    query_offsets, key_offsets = (_offsets(tuple(lengths), query.device) for lengths in (query_lengths, key_lengths))
-    attended: Tensor = varlen_attn(
+    query_offsets, key_offsets = (
+        _offsets(tuple(lengths), query.device) for lengths in (query_lengths, key_lengths)
+    )
+    attended = varlen_attn(
         query, key, value, query_offsets, key_offsets, max(query_lengths), max(key_lengths)
     )
+    assert isinstance(attended, Tensor)
     return attended
 
 
@@ -58,6 +61,7 @@ def implementations(device: torch.device) -> dict[str, str]:
     """Name what serves each operation on ``device``, for the log and ``/metrics``."""
     flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     names = dict.fromkeys(
-        ("rms_norm", "rotary", "silu_mul", "write_kv", "paged_decode_attention", "paged_prefill_attention"), "torch"
+        ("rms_norm", "rotary", "silu_mul", "write_kv", "paged_decode_attention", "paged_prefill_attention"),
+        "torch",
     )
     return names | {"varlen_attention": "flash" if flash else "torch"}

@@ -12,9 +12,10 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalize ``x`` [..., hidden] by its root mean square in float32, then scale by ``weight`` [hidden]."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+    wide = x.float()
+    # Not F.rms_norm, which on a CPU takes twice as long for the few rows of a decode.
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True).add_(eps))
+    return (wide * scale).to(x.dtype) * weight
 
 
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -98,7 +99,10 @@ def paged_decode_attention(
         [batch, heads, head_dim]
     """
     key, value = (
-        cache.index_select(0, block_tables.flatten()).unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)
+        cache.index_select(0, block_tables.flatten())
+        .unflatten(0, block_tables.shape)
+        .flatten(1, 2)
+        .transpose(1, 2)
         for cache in (key_cache, value_cache)
     )
     # The query heads that share a KV head become rows of one query: no copy of keys and values per head.
@@ -123,7 +127,8 @@ def paged_prefill_attention(
     """
     total = num_cached + query.shape[0]
     key, value = (
-        cache.index_select(0, block_table).flatten(0, 1)[:total].transpose(0, 1) for cache in (key_cache, value_cache)
+        cache.index_select(0, block_table).flatten(0, 1)[:total].transpose(0, 1)
+        for cache in (key_cache, value_cache)
     )
     repeats = query.shape[1] // key.shape[0]
     if repeats > 1:

@@ -123,7 +123,8 @@ class _Fields:
             raise CheckpointError(f"{self.source}: {key} is missing")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
+        wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        if wrong or (isinstance(value, int) and kind is int and value < 1):
             expected = "a positive integer" if kind is int else kind.__name__
             raise CheckpointError(f"{self.source}: {key} is {value!r}, expected {expected}")
         return value
@@ -139,7 +140,11 @@ def _check_divisible(config: ModelConfig, source: str) -> None:
     language, vision = config.language, config.vision
     for name, size, parts in (
         ("hidden_size / num_attention_heads", language.hidden_size, language.num_attention_heads),
-        ("num_attention_heads / num_key_value_heads", language.num_attention_heads, language.num_key_value_heads),
+        (
+            "num_attention_heads / num_key_value_heads",
+            language.num_attention_heads,
+            language.num_key_value_heads,
+        ),
         ("vision hidden_size / num_attention_heads", vision.hidden_size, vision.num_attention_heads),
         ("hidden_size / 128 (heads of the resampler)", language.hidden_size, 128),
     ):

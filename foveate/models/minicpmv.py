@@ -60,7 +60,9 @@ def _language(config: LanguageConfig) -> dict[str, Destination]:
     kv_size = config.num_key_value_heads * config.head_dim
     ours, theirs = "language", "llm.model"
     tensors = {
-        f"{theirs}.embed_tokens.weight": Destination(f"{ours}.embed_tokens.weight", (config.vocab_size, hidden)),
+        f"{theirs}.embed_tokens.weight": Destination(
+            f"{ours}.embed_tokens.weight", (config.vocab_size, hidden)
+        ),
         f"{theirs}.norm.weight": Destination(f"{ours}.norm.weight", (hidden,)),
     }
     if not config.tie_word_embeddings:
@@ -74,7 +76,9 @@ def _language(config: LanguageConfig) -> dict[str, Destination]:
         for name, start in (("gate", 0), ("up", inner)):
             fused = Destination(f"{target}.gate_up_proj.weight", (inner, hidden), start)
             tensors[f"{source}.mlp.{name}_proj.weight"] = fused
-        tensors[f"{source}.self_attn.o_proj.weight"] = Destination(f"{target}.o_proj.weight", (hidden, hidden))
+        tensors[f"{source}.self_attn.o_proj.weight"] = Destination(
+            f"{target}.o_proj.weight", (hidden, hidden)
+        )
         tensors[f"{source}.mlp.down_proj.weight"] = Destination(f"{target}.down_proj.weight", (hidden, inner))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{source}.{norm}.weight"] = Destination(f"{target}.{norm}.weight", (hidden,))
@@ -97,7 +101,9 @@ def _vision(config: VisionConfig) -> dict[str, Destination]:
     ours, theirs = "vision.encoder", "vpm"
     embeddings = f"{theirs}.embeddings"
     tensors = {
-        f"{embeddings}.patch_embedding.weight": Destination(f"{ours}.patch_embedding.weight", (hidden, 3, patch, patch)),
+        f"{embeddings}.patch_embedding.weight": Destination(
+            f"{ours}.patch_embedding.weight", (hidden, 3, patch, patch)
+        ),
         f"{embeddings}.patch_embedding.bias": Destination(f"{ours}.patch_embedding.bias", (hidden,)),
         f"{embeddings}.position_embedding.weight": Destination(
             f"{ours}.position_embedding.weight", (config.patches_per_side**2, hidden)

@@ -42,7 +42,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_dim,
+        )
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.qkv_proj = nn.Linear(hidden, (self.heads + 2 * self.kv_heads) * head_dim)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
+import torch
 import zmq
 from torch import Tensor
 
@@ -82,7 +83,12 @@ class VisionService:
     """
 
     def __init__(
-        self, encoder: VisionEncoder, arena: LocalArena, pictures: PictureSettings, settings: Settings, identity: str
+        self,
+        encoder: VisionEncoder,
+        arena: LocalArena,
+        pictures: PictureSettings,
+        settings: Settings,
+        identity: str,
     ) -> None:
         self._encoder = encoder
         self._arena = arena
@@ -140,7 +146,9 @@ class VisionService:
             case Encode():
                 waiting = sum(handle is None for handle in self._wanted.values())
                 if waiting >= self._settings.vision.max_vision_queue:
-                    error = Overloaded(f"{waiting} pictures wait for the vision encoder already", retry_after=1)
+                    error = Overloaded(
+                        f"{waiting} pictures wait for the vision encoder already", retry_after=1
+                    )
                     self._fail(request.request_id, error)
                     return
                 self._wanted[request.request_id] = None
@@ -168,6 +176,8 @@ class VisionService:
 
     def _encode_forever(self) -> None:
         """In its own thread: run the model on whatever waits."""
+        # PyTorch counts threads for each thread that calls it: the decoder's may be fewer.
+        torch.set_num_threads(self._settings.model.threads or len(os.sched_getaffinity(0)))
         while True:
             batch = [self._prepared.get()]
             slices = len(batch[0].pixels.tgt_sizes)
@@ -185,7 +195,9 @@ class VisionService:
         """Encode each picture once, however many requests it is in."""
         known = {item.digest: self._cache.get(item.digest) for item in batch}
         missing = {item.digest: item.pixels for item in batch if known[item.digest] is None}
-        fresh = dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True)) if missing else {}
+        fresh = (
+            dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True)) if missing else {}
+        )
         for name, rows in fresh.items():
             self._cache.put(name, rows)
         for item in batch:

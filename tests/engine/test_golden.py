@@ -33,7 +33,11 @@ def model(request: pytest.FixtureRequest) -> MiniCPMV:
 @pytest.fixture(scope="module")
 def embeddings(model: MiniCPMV) -> dict[str, list[torch.Tensor]]:
     encoder = VisionEncoder(model.vision, mean=[0.5] * 3, std=[0.5] * 3, batch_size=16)
-    return {case: encoder.encode([pixels(name) for name in names]) for case in CASES if (names := picture_names(case))}
+    return {
+        case: encoder.encode([pixels(name) for name in names])
+        for case in CASES
+        if (names := picture_names(case))
+    }
 
 
 class Engine:
@@ -79,7 +83,9 @@ class Engine:
 
     def tokens(self, *requests: Generate) -> list[list[int]]:
         """For each request, the tokens of its only sequence."""
-        return [[token for chunk in answer[0] for token in chunk.token_ids] for answer in self.answer(*requests)]
+        return [
+            [token for chunk in answer[0] for token in chunk.token_ids] for answer in self.answer(*requests)
+        ]
 
 
 def golden_ids(case: str, kind: str) -> list[int]:

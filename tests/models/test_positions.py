@@ -1,5 +1,6 @@
 """Position buckets and sizes against the published reference."""
 
+import itertools
 import json
 
 import torch
@@ -14,7 +15,7 @@ from foveate.models.siglip import position_buckets, position_ids
 def test_buckets_of_every_count() -> None:
     golden = load_file(GOLDEN / "position_buckets.safetensors")
     offsets = golden["offsets"].tolist()
-    for count, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False), start=1):
+    for count, (start, end) in enumerate(itertools.pairwise(offsets), start=1):
         assert position_buckets(count, 70).tolist() == golden["buckets"][start:end].tolist(), count
     assert len(offsets) == 513
 

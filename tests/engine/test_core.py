@@ -1,0 +1,163 @@
+"""What the engine refuses, and what it survives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from golden_data import TINY
+
+from foveate.checkpoint.load import load_model
+from foveate.config import EngineSettings
+from foveate.engine.core import EngineCore
+from foveate.engine.messages import Abort, Chunk, Failure, Generate, GetStats, ImageSlot, SamplingParams, Stats, Step
+from foveate.engine.runner import ModelRunner
+from foveate.engine.scheduler import Scheduler
+from foveate.models.minicpmv import MiniCPMV
+from foveate.transport.local import LocalArena
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniCPMV:
+    return load_model(TINY, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def arena() -> LocalArena:
+    return LocalArena("test")
+
+
+@pytest.fixture
+def core(model: MiniCPMV, arena: LocalArena) -> EngineCore:
+    settings = EngineSettings(max_seq_len=200, num_kv_blocks=64, max_queue_size=2)
+    runner = ModelRunner(model.language, settings, 200)
+    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=200)
+    return EngineCore(runner, scheduler, arena, eos_token_ids=frozenset({702}), max_seq_len=200)
+
+
+def generate(request_id: str = "r", prompt: list[int] | None = None, n: int = 1, **sampling: Any) -> Generate:
+    params = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, "ignore_eos": True} | sampling)
+    return Generate(request_id=request_id, prompt_token_ids=prompt or [5, 6, 7], sampling=params, n=n)
+
+
+def refusal(core: EngineCore, request: Generate) -> Failure:
+    [reply] = core.handle(request)
+    assert isinstance(reply, Step)
+    [failure] = reply.failures
+    assert not core.scheduler.has_work
+    return failure
+
+
+def finish(core: EngineCore) -> tuple[list[Chunk], list[Failure]]:
+    steps = []
+    while core.scheduler.has_work:
+        steps.append(core.step())
+    core.scheduler.check()
+    return [chunk for step in steps for chunk in step.chunks], [failure for step in steps for failure in step.failures]
+
+
+def test_prompt_too_long(core: EngineCore) -> None:
+    failure = refusal(core, generate(prompt=[1] * 200))
+    assert (failure.code, failure.status) == ("context_length_exceeded", 400)
+    assert "200" in failure.message
+    assert "199" in failure.message
+
+
+@pytest.mark.parametrize(
+    ("request_", "name"),
+    [
+        (generate(prompt=[1, 723]), "the prompt has token id 723"),
+        (generate(prompt=[-1]), "token id -1"),
+        (generate(logit_bias={9999: 1.0}), "logit_bias has token id 9999"),
+        (generate(stop_token_ids=[800]), "stop_token_ids has token id 800"),
+    ],
+)
+def test_ids_outside_the_vocabulary(core: EngineCore, request_: Generate, name: str) -> None:
+    failure = refusal(core, request_)
+    assert failure.status == 400
+    assert name in failure.message
+
+
+def test_full_queue(core: EngineCore) -> None:
+    failure = refusal(core, generate(n=3))
+    assert (failure.code, failure.status) == ("overloaded", 503)
+    assert failure.retry_after
+    assert core.handle(generate("second", n=2)) == []
+
+
+def test_embeddings_of_the_wrong_shape_are_refused_and_released(core: EngineCore, arena: LocalArena) -> None:
+    handle = arena.publish(torch.zeros(3, 256), b"d")
+    request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], handle=handle)])
+    assert "[3, 256]" in refusal(core, request).message
+    assert arena.num_leases == 0
+
+
+def test_a_handle_whose_lease_is_over_is_an_error(core: EngineCore, arena: LocalArena) -> None:
+    handle = arena.publish(torch.zeros(2, 256), b"d")
+    arena.release(handle)
+    request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], handle=handle)])
+    assert refusal(core, request).code == "unavailable"
+
+
+def test_abort_frees_at_once(core: EngineCore) -> None:
+    core.handle(generate(max_tokens=100))
+    core.step()
+    [running] = core.handle(GetStats())
+    assert isinstance(running, Stats)
+    assert running.num_running == 1
+    assert running.free_blocks < running.total_blocks
+    core.handle(Abort("r"))
+    [stats] = core.handle(GetStats())
+    assert isinstance(stats, Stats)
+    assert (stats.num_running, stats.num_waiting, stats.free_blocks) == (0, 0, stats.total_blocks)
+    core.handle(Abort("never there"))
+
+
+def test_abort_of_one_of_several(core: EngineCore) -> None:
+    core.handle(generate(n=2))
+    core.handle(Abort("r", 0))
+    chunks, failures = finish(core)
+    assert not failures
+    assert {chunk.index for chunk in chunks} == {1}
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_a_failing_step_ends_its_requests_and_no_others(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = core.handle(generate("before")), finish(core)
+    assert before == []
+    core.handle(generate("broken", n=2))
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, "_forward", explode)
+        chunks, failures = finish(core)
+    assert not chunks
+    assert [(failure.request_id, failure.code, failure.status) for failure in failures] == [
+        ("broken", "engine_error", 500)
+    ]
+    assert "luck" not in failures[0].message
+    core.handle(generate("after"))
+    chunks, failures = finish(core)
+    assert not failures
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 4
+
+
+def test_seeds_of_n_sequences_differ(core: EngineCore) -> None:
+    def tokens(index: int, seed: int) -> list[int]:
+        core.handle(generate(n=2, seed=seed, temperature=5.0, max_tokens=20))
+        chunks, _ = finish(core)
+        return [token for chunk in chunks if chunk.index == index for token in chunk.token_ids]
+
+    assert tokens(0, 11) == tokens(0, 11)
+    assert tokens(1, 11) == tokens(0, 12)
+    assert tokens(0, 11) != tokens(1, 11)
+
+
+def test_an_end_token_is_no_part_of_the_answer(core: EngineCore) -> None:
+    core.handle(generate(ignore_eos=False, logit_bias={702: 100.0}))
+    [chunk], _ = finish(core)
+    assert (chunk.token_ids, chunk.finish_reason, chunk.stop_token) == ([], "stop", 702)

@@ -1,0 +1,60 @@
+"""Leases on embeddings of the same process."""
+
+import pytest
+import torch
+
+from foveate.errors import Unavailable
+from foveate.transport.local import LocalArena
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def arena(clock: Clock) -> LocalArena:
+    return LocalArena("here", lease_seconds=10, clock=clock)
+
+
+def test_a_reader_gets_what_was_published(arena: LocalArena) -> None:
+    rows = torch.arange(6.0).reshape(3, 2)
+    handle = arena.publish(rows, b"digest")
+    assert (handle.num_tokens, handle.hidden_size, handle.dtype, handle.digest) == (3, 2, "float32", b"digest")
+    assert torch.equal(arena.read(handle), rows)
+
+
+def test_a_released_lease_is_over_and_releasing_again_is_nothing(arena: LocalArena) -> None:
+    first, second = (arena.publish(torch.zeros(1, 1), b"") for _ in range(2))
+    arena.release(first)
+    arena.release(first)
+    with pytest.raises(Unavailable):
+        arena.read(first)
+    assert arena.num_leases == 1
+    arena.read(second)
+
+
+def test_a_late_reader_gets_an_error_and_the_memory_comes_back(arena: LocalArena, clock: Clock) -> None:
+    handle = arena.publish(torch.zeros(1, 1), b"")
+    clock.now = 10.5
+    with pytest.raises(Unavailable):
+        arena.read(handle)
+    arena.publish(torch.zeros(1, 1), b"")
+    assert arena.num_leases == 1
+
+
+def test_another_arena_s_handle_is_refused(arena: LocalArena) -> None:
+    other = LocalArena("there").publish(torch.zeros(1, 1), b"")
+    arena.publish(torch.ones(1, 1), b"")
+    with pytest.raises(Unavailable):
+        arena.read(other)
+    arena.release(other)
+    assert arena.num_leases == 1
