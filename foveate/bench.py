@@ -169,9 +169,7 @@ def summarize(concurrency: int, seconds: float, outcomes: Sequence[Answer | str]
     )
 
 
-async def run_level(
-    client: httpx.AsyncClient, bodies: Sequence[bytes], concurrency: int, tokens: int
-) -> Level:
+async def run_level(client: httpx.AsyncClient, bodies: Sequence[bytes], concurrency: int, tokens: int) -> Level:
     """Send the bodies, so many at a time."""
     waiting = iter(bodies)
     outcomes: list[Answer | str] = []
@@ -282,9 +280,7 @@ def command(
         json: Write the results to this file as well.
     """
     if url is not None and serve_flags:
-        raise ConfigError(
-            f"{' '.join(serve_flags)}: not understood (flags of foveate serve do not go with --url)"
-        )
+        raise ConfigError(f"{' '.join(serve_flags)}: not understood (flags of foveate serve do not go with --url)")
     for name, value in {
         "requests": requests,
         "output-tokens": output_tokens,
@@ -296,9 +292,7 @@ def command(
     levels = [_positive("--concurrency", part, "integers such as 1,8") for part in concurrency.split(",")]
     workload = Workload(output_tokens, prompt_words, _size(picture), same_picture, seed)
     try:
-        with (
-            nullcontext((url, None)) if url is not None else launched(serve_flags) as (address, ready_seconds)
-        ):
+        with nullcontext((url, None)) if url is not None else launched(serve_flags) as (address, ready_seconds):
             key = os.environ.get("FOVEATE_API_KEY")
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 model, results = runner.run(measure(address, key, workload, levels, requests, warmup))

@@ -54,7 +54,8 @@ app.command(show_version, name="version", help="Print the version.", sort_key=3)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    SIGTERM is treated as Ctrl-C, so that what was started is ended. Errors that a user can mend are one line on standard error, without a traceback.
+    SIGTERM is treated as Ctrl-C, so that what was started is ended.
+    Errors that a user can mend are one line on standard error, without a traceback.
 
     Args:
         argv: the arguments; those of the process if not given.

@@ -79,7 +79,6 @@ def build(settings: Settings) -> tuple[EngineCore, VisionService]:
     dtype = pick_dtype(settings.model.dtype, device)
     assets = ModelAssets.from_folder(folder)
     model = _load(settings, folder, device, dtype)
-    max_seq_len = _max_seq_len(settings, assets)
     encoder = VisionEncoder(
         model.vision,
         mean=assets.pictures.norm_mean,
@@ -87,11 +86,11 @@ def build(settings: Settings) -> tuple[EngineCore, VisionService]:
         batch_size=settings.vision.vision_batch_size,
     )
     reserved = _activation_bytes(model, encoder, settings, assets) if device.type == "cuda" else 0
-    runner = ModelRunner(model.language, settings.engine, max_seq_len, reserved_bytes=reserved)
-    scheduler = Scheduler(settings.engine, num_blocks=runner.num_blocks, max_seq_len=max_seq_len)
+    runner = ModelRunner(model.language, settings.engine, _max_seq_len(settings, assets), reserved_bytes=reserved)
+    scheduler = Scheduler(settings.engine, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len)
     arena = LocalArena(f"local-{id(runner):x}")
     core = EngineCore(
-        runner, scheduler, arena, eos_token_ids=frozenset(assets.eos_token_ids), max_seq_len=max_seq_len
+        runner, scheduler, arena, eos_token_ids=frozenset(assets.eos_token_ids), max_seq_len=runner.max_seq_len
     )
     if device.type == "cpu":
         torch.set_num_threads(settings.model.threads or _decode_threads(model))

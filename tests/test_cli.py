@@ -105,11 +105,7 @@ def test_every_flag_is_in_the_help_with_its_variable() -> None:
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(args: list[str], message: str) -> None:
-    result = (
-        foveate_command("serve", "--port", "0", *args)
-        if "--port" not in args
-        else foveate_command("serve", *args)
-    )
+    result = foveate_command("serve", "--port", "0", *args) if "--port" not in args else foveate_command("serve", *args)
     assert result.returncode == EXIT_CONFIG
     assert message in result.stderr
     assert result.stderr.count("error: ") == result.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ class LaunchFailed(FoveateError):
 def launched(flags: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, float]]:
     """Run ``foveate serve`` on a free port while the context lasts.
 
+    Its log, a line for each request, is only shown if it does not start.
+
     Args:
         flags: of ``foveate serve``; a ``--port`` among them is kept.
         environment: variables beside this process's own.
@@ -40,18 +43,23 @@ def launched(flags: Sequence[str] = (), environment: Mapping[str, str] | None = 
     Raises:
         LaunchFailed: it ended before it was ready.
     """
-    child = Child(
-        [sys.executable, "-m", "foveate.cli", "serve", *flags],
-        environment={"FOVEATE_PORT": "0", **(environment or {})},
-        pipe_stdout=True,
-    )
-    started = time.perf_counter()
-    child.start()
-    try:
-        for line in child.lines():
-            if line.startswith(READY):
-                yield line.removeprefix(READY).split()[0], time.perf_counter() - started
-                return
-        raise LaunchFailed(child.wait())
-    finally:
-        child.stop(STOP_SECONDS)
+    with tempfile.TemporaryFile() as log:
+        child = Child(
+            [sys.executable, "-m", "foveate.cli", "serve", *flags],
+            environment={"FOVEATE_PORT": "0", **(environment or {})},
+            pipe_stdout=True,
+            stderr=log,
+        )
+        started = time.perf_counter()
+        child.start()
+        try:
+            for line in child.lines():
+                if line.startswith(READY):
+                    yield line.removeprefix(READY).split()[0], time.perf_counter() - started
+                    return
+            exit_code = child.wait()
+        finally:
+            child.stop(STOP_SECONDS)
+        log.seek(0)
+        sys.stderr.write(log.read().decode(errors="replace"))
+        raise LaunchFailed(exit_code)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from foveate.errors import FoveateError
 
@@ -42,6 +43,7 @@ class Child:
         command: the program's absolute path and its arguments.
         environment: variables beside this process's own.
         pipe_stdout: whether :meth:`lines` gets its standard output; otherwise it shares this process's.
+        stderr: an open file for its standard error; otherwise it shares this process's.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Child:
         *,
         environment: Mapping[str, str] | None = None,
         pipe_stdout: bool = False,
+        stderr: IO[bytes] | None = None,
     ) -> None:
         self.command = list(command)
         self.process: subprocess.Popen[bytes] | None = None
         self._environment = dict(environment or {})
         self._pipe_stdout = pipe_stdout
+        self._stderr = stderr
 
     def start(self) -> None:
         """Start it, or start it again after it has ended."""
@@ -65,6 +69,7 @@ class Child:
             env={**os.environ, **self._environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._pipe_stdout else None,
+            stderr=self._stderr,
             start_new_session=True,
         )
 

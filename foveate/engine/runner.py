@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ class ModelRunner:
         settings: limits.
         max_seq_len: most tokens of a sequence.
         reserved_bytes: free memory to leave alone, for activations.
+
+    Attributes:
+        max_seq_len: what was asked for, or as much of it as the cache holds if the settings leave it open.
+
+    Raises:
+        ConfigError: the cache cannot hold a sequence of the length that the settings name.
     """
 
     def __init__(
@@ -42,13 +49,15 @@ class ModelRunner:
         config = model.config
         shape = (self.block_size, config.num_key_value_heads, config.head_dim)
         block_bytes = config.num_hidden_layers * 2 * torch.Size(shape).numel() * self.dtype.itemsize
-        self.num_blocks = settings.num_kv_blocks or self._affordable(
-            settings, max_seq_len, block_bytes, reserved_bytes
-        )
-        # Zeros: attention multiplies what is masked by zero, which must not be NaN.
-        self.kv_cache = torch.zeros(
-            config.num_hidden_layers, 2, self.num_blocks, *shape, dtype=self.dtype, device=self.device
-        )
+        self.num_blocks = settings.num_kv_blocks or self._affordable(settings, max_seq_len, block_bytes, reserved_bytes)
+        self.max_seq_len = min(max_seq_len, self.num_blocks * self.block_size)
+        if self.num_blocks == 0 or (settings.max_seq_len is not None and self.max_seq_len < max_seq_len):
+            raise ConfigError(
+                f"max_seq_len: got {max_seq_len}, but the KV cache holds {self.num_blocks * self.block_size} tokens; "
+                "set a smaller max_seq_len, or give the cache more memory"
+            )
+        layout = (config.num_hidden_layers, 2, self.num_blocks, *shape)
+        self.kv_cache = _zeros(layout, self.dtype, self.device)
 
     def _affordable(self, settings: EngineSettings, max_seq_len: int, block_bytes: int, reserved: int) -> int:
         share = settings.kv_cache_free_mem_fraction
@@ -56,21 +65,10 @@ class ModelRunner:
             torch.cuda.empty_cache()
             free = int((torch.cuda.mem_get_info(self.device)[0] - reserved) * share)
         else:
-            plenty = (
-                _CPU_CACHE_BATCHES
-                * settings.max_batch_size
-                * -(-max_seq_len // self.block_size)
-                * block_bytes
-            )
+            longest = -(-max_seq_len // self.block_size)
+            plenty = _CPU_CACHE_BATCHES * settings.max_batch_size * longest * block_bytes
             free = min(int(psutil.virtual_memory().available * share), _CPU_CACHE_BYTES, plenty)
-        blocks = free // block_bytes
-        needed = -(-max_seq_len // self.block_size)
-        if blocks < needed:
-            raise ConfigError(
-                f"the free memory holds keys and values of {max(blocks, 0) * self.block_size} tokens, but max_seq_len is "
-                f"{max_seq_len}: set a smaller --max-seq-len"
-            )
-        return blocks
+        return max(free, 0) // block_bytes
 
     def admit(self, seq: Sequence, state: SequenceState) -> None:
         """Give a sequence its state, before it is scheduled."""
@@ -106,6 +104,14 @@ class ModelRunner:
         x = torch.zeros(num_tokens, config.hidden_size, dtype=self.dtype, device=self.device)
         positions = torch.arange(num_tokens, device=self.device)
         self.model.logits(self.model(x, positions, lambda _layer, query, _key, _value: query)[-1:])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate a cache. It must hold zeros: attention multiplies by zero what it masks, and 0 · NaN is NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # NumPy leaves the zeroing to the kernel, page by page at first use; torch.zeros would touch gigabytes at start.
+    return torch.from_numpy(np.zeros(torch.Size(shape).numel() * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _store_by_columns(model: Qwen2) -> None:

@@ -32,9 +32,7 @@ def value_of(settings: Settings, section: str, field: str) -> object:
 
 def test_every_field_of_every_section_has_one_flag() -> None:
     fields = [
-        (section, field)
-        for section in Settings.model_fields
-        for field in type(getattr(DEFAULTS, section)).model_fields
+        (section, field) for section in Settings.model_fields for field in type(getattr(DEFAULTS, section)).model_fields
     ]
     assert [(flag.section, flag.field) for flag in flags()] == fields
     assert len({flag.name for flag in flags()}) == len(fields)
@@ -51,13 +49,9 @@ def test_nothing_typed_gives_the_defaults() -> None:
     assert parse() == DEFAULTS
 
 
-@pytest.mark.parametrize(
-    "flag", [flag for flag in flags() if flag.field != "config"], ids=lambda flag: flag.field
-)
+@pytest.mark.parametrize("flag", [flag for flag in flags() if flag.field != "config"], ids=lambda flag: flag.field)
 @pytest.mark.parametrize("by_environment", [False, True], ids=["flag", "environment"])
-def test_every_flag_reaches_its_field(
-    flag: Flag, by_environment: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_flag_reaches_its_field(flag: Flag, by_environment: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if flag.is_switch:
         expected: object = not flag.default
         args = [flag.name if expected else flag.name.replace("--", "--no-")]
@@ -104,7 +98,5 @@ def test_contradicting_fields_are_named_as_flags() -> None:
 
 def test_the_wrong_word_in_a_variable_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOVEATE_ENABLE_PREFIX_CACHING", "perhaps")
-    with pytest.raises(
-        ConfigError, match=r"^FOVEATE_ENABLE_PREFIX_CACHING: got 'perhaps', expected true or false$"
-    ):
+    with pytest.raises(ConfigError, match=r"^FOVEATE_ENABLE_PREFIX_CACHING: got 'perhaps', expected true or false$"):
         parse()

@@ -136,9 +136,7 @@ def test_a_second_ctrl_c_ends_at_once(runtime: Path) -> None:
         assert is_gone(worker)
 
 
-def test_a_killed_worker_is_replaced_and_a_killed_server_leaves_nothing(
-    runtime: Path, eventually: Eventually
-) -> None:
+def test_a_killed_worker_is_replaced_and_a_killed_server_leaves_nothing(runtime: Path, eventually: Eventually) -> None:
     with serving(runtime, "--num-kv-blocks=64") as (process, url):
         worker = worker_of(process)
         worker.kill()
@@ -171,12 +169,8 @@ def test_a_checkpoint_without_weights_ends_the_server(
     assert "started again" not in errors
 
 
-async def test_a_worker_that_keeps_failing_is_given_up_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = Settings(
-        model=ModelSettings(model=str(TINY_MODEL)), engine=EngineSettings(), http=HttpSettings(port=0)
-    )
+async def test_a_worker_that_keeps_failing_is_given_up_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(model=ModelSettings(model=str(TINY_MODEL)), engine=EngineSettings(), http=HttpSettings(port=0))
     child = Child([sys.executable, "-c", "raise SystemExit(7)"])
     policy = RestartPolicy(first_delay=0.01, max_quick_failures=3)
     with tempfile.TemporaryDirectory(dir="/tmp") as folder, listen(settings.http) as listener:

@@ -126,9 +126,7 @@ async def test_a_killed_child_is_started_again() -> None:
     reasons: list[str] = []
     with started(SLEEP) as child:
         first = child.pid
-        watching = asyncio.create_task(
-            keep_alive(child, reasons.append, policy=RestartPolicy(first_delay=0.01))
-        )
+        watching = asyncio.create_task(keep_alive(child, reasons.append, policy=RestartPolicy(first_delay=0.01)))
         os.kill(first, signal.SIGKILL)
         await asyncio.to_thread(until, lambda: child.pid != first)
         assert child.alive
