@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["auto", "float32", "bfloat16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -128,6 +129,13 @@ class MediaSettings(Section):
     """Pictures in one request."""
 
 
+class LogSettings(Section):
+    """What is written to standard error."""
+
+    log_level: LogLevel = "info"
+    """Least severity that is written; info has a line for every request."""
+
+
 class Settings(Section):
     """The whole service."""
 
@@ -136,3 +144,4 @@ class Settings(Section):
     vision: VisionSettings = VisionSettings()
     http: HttpSettings = HttpSettings()
     media: MediaSettings = MediaSettings()
+    logs: LogSettings = LogSettings()

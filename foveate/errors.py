@@ -129,9 +129,7 @@ def _index(cls: type[FoveateError]) -> None:
 _index(FoveateError)
 
 
-def from_wire(
-    code: str | None, message: str, *, status: int = 500, retry_after: float | None = None
-) -> FoveateError:
+def from_wire(code: str | None, message: str, *, status: int = 500, retry_after: float | None = None) -> FoveateError:
     """Rebuild the error that another process reported.
 
     A code that this version does not know becomes an :class:`InvalidRequest` for a 4xx status and an

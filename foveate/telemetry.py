@@ -9,13 +9,12 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-LogLevel = Literal["debug", "info", "warning", "error"]
+from foveate.config import LogLevel
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The id of the HTTP request that the current task works for, or ``-``."""
@@ -34,7 +33,7 @@ class RequestIdFilter(logging.Filter):
         return True
 
 
-def configure_logging(level: LogLevel = "info") -> None:
+def configure_logging(level: LogLevel) -> None:
     """Send the logs of this process, as plain text with request ids, to standard error.
 
     Calling it again replaces what it set up before.
@@ -107,9 +106,7 @@ class Metrics:
         self.requests = counter("requests", "HTTP requests answered", "route", "status")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered requests")
         self.completion_tokens = counter("completion_tokens", "Tokens of answers")
-        self.pictures = counter(
-            "pictures", "Pictures encoded, by whether their embeddings were there", "cached"
-        )
+        self.pictures = counter("pictures", "Pictures encoded, by whether their embeddings were there", "cached")
         for cached in ("false", "true"):
             # Shown as 0 before the first picture.
             self.pictures.labels(cached)
@@ -121,9 +118,7 @@ class Metrics:
         self.encode_seconds = histogram("picture_encode", "Encoding one picture, with its wait for it")
         self.prefill_seconds = histogram("prefill", "From the engine's queue to the first token")
         self.ttft_seconds = histogram("time_to_first_token", "From a request's arrival to its first token")
-        self.tpot_seconds = histogram(
-            "time_per_output_token", "Between tokens, mean of one sequence", _TOKEN_SECONDS
-        )
+        self.tpot_seconds = histogram("time_per_output_token", "Between tokens, mean of one sequence", _TOKEN_SECONDS)
         self.request_seconds = histogram("request", "From a request's arrival to the end of its answer")
 
     def render(self) -> bytes:

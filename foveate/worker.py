@@ -25,6 +25,7 @@ from foveate.errors import CheckpointError, ConfigError, FoveateError
 from foveate.kernels import ops
 from foveate.models.config import ModelConfig
 from foveate.models.minicpmv import MiniCPMV
+from foveate.telemetry import configure_logging
 from foveate.transport.local import LocalArena
 from foveate.vision.encoder import VisionEncoder
 from foveate.vision.preprocess import Pixels
@@ -52,9 +53,7 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device: {name} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ConfigError(f"device: {name} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -114,24 +113,18 @@ def _max_seq_len(settings: Settings, assets: ModelAssets) -> int:
     trained = assets.max_position_embeddings
     wanted = settings.engine.max_seq_len or min(trained, _LONGEST)
     if wanted > trained:
-        raise ConfigError(
-            f"max_seq_len: got {wanted}, and the model was trained for {trained} tokens at most"
-        )
+        raise ConfigError(f"max_seq_len: got {wanted}, and the model was trained for {trained} tokens at most")
     return wanted
 
 
-def _activation_bytes(
-    model: MiniCPMV, encoder: VisionEncoder, settings: Settings, assets: ModelAssets
-) -> int:
+def _activation_bytes(model: MiniCPMV, encoder: VisionEncoder, settings: Settings, assets: ModelAssets) -> int:
     """Measure what the largest step of the decoder and of the encoder need beside the weights."""
     device = encoder.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     side = assets.pictures.scale_resolution // assets.pictures.patch_size
     # A slice may have a few patches more than the square, after rounding to whole ones.
-    patches = torch.zeros(
-        (side + 1) * (side + 2), 3 * assets.pictures.patch_size**2, dtype=torch.uint8
-    ).numpy()
+    patches = torch.zeros((side + 1) * (side + 2), 3 * assets.pictures.patch_size**2, dtype=torch.uint8).numpy()
     pixels = Pixels(patches, ((side + 1, side + 2),))
     encoder.encode([pixels] * settings.vision.vision_batch_size)
     config = model.language.config
@@ -145,9 +138,9 @@ def _activation_bytes(
 
 def main() -> None:
     """Serve until the parent ends it. Exit codes: 2 for impossible settings, 3 for a bad checkpoint."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     instance = Path(sys.argv[1])
     settings = Settings.model_validate_json((instance / "settings.json").read_bytes())
+    configure_logging(settings.logs.log_level)
     started = time.monotonic()
     try:
         core, vision = build(settings)

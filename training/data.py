@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,8 @@ from foveate.chat.assets import ModelAssets
 from foveate.chat.template import Message, Part, PicturePart, TextPart
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.vision.preprocess import preprocess
-from training.world.conversation import draw, families_at
+from training.world.conversation import HELD_OUT, draw, families_at
 from training.world.records import Conversation, Mark
-
-HELD_OUT = 10**9
-"""Seeds from here on are never trained on."""
-
 
 @dataclass
 class Sample:
@@ -52,23 +49,17 @@ def encode(conversation: Conversation, assets: ModelAssets) -> Sample:
             Message("user", [*parts, TextPart(turn.question)]),
             Message("assistant", [TextPart(turn.answer)]),
         ]
-    prompt = assets.tokenizer.encode_prompt(
-        assets.template.render(messages, settings, add_generation_prompt=False)
-    )
+    prompt = assets.tokenizer.encode_prompt(assets.template.render(messages, settings, add_generation_prompt=False))
     pixels = [
-        preprocess(picture.convert("RGB"), plan)
-        for picture, plan in zip(conversation.pictures, plans, strict=True)
+        preprocess(picture.convert("RGB"), plan) for picture, plan in zip(conversation.pictures, plans, strict=True)
     ]
-    labels = [label_patches(marks, picture.size, plan)
-              for marks, picture, plan in zip(conversation.marks, conversation.pictures, plans, strict=True)]  # fmt: skip
+    marked = zip(conversation.marks, conversation.pictures, plans, strict=True)
+    labels = [label_patches(marks, picture.size, plan) for marks, picture, plan in marked]
     return Sample(
         token_ids=prompt.token_ids,
         spans=_answer_spans(prompt.token_ids, assets),
         image_rows=[
-            row
-            for ranges in prompt.image_ranges
-            for start, length in ranges
-            for row in range(start, start + length)
+            row for ranges in prompt.image_ranges for start, length in ranges for row in range(start, start + length)
         ],
         tgt_sizes=[size for plan in plans for size in plan.tgt_sizes],
         patches=np.concatenate([p.patches for p in pixels]) if pixels else np.zeros((0, 588), np.uint8),
@@ -123,7 +114,7 @@ def label_patches(marks: list[Mark], size: tuple[int, int], plan: SlicePlan) -> 
 
 
 def _cells(first: np.ndarray, last: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of 0..count whose centre is in [first, last] (fractions); the nearest one for what is smaller than a cell."""
+    """Cells of 0..count with their centre in [first, last] (fractions); the nearest one for less than a cell."""
     start, end = np.ceil(first * count - 0.5).astype(int), np.ceil(last * count - 0.5).astype(int)
     middle = np.floor((first + last) / 2 * count).astype(int)
     start, end = np.where(end <= start, middle, start), np.where(end <= start, middle + 1, end)
@@ -131,11 +122,14 @@ def _cells(first: np.ndarray, last: np.ndarray, count: int) -> tuple[np.ndarray,
 
 
 class World(IterableDataset):
-    """An endless stream of batches of ``size`` conversations, different in every worker."""
+    """An endless stream of batches of ``size`` conversations, different in every worker.
 
-    def __init__(self, model: Path, size: int, seed: int, stage: float) -> None:
+    ``stage`` is the generator's; a further share ``hard`` of the conversations is about small text and two pictures.
+    """
+
+    def __init__(self, model: Path, size: int, seed: int, stage: float, hard: float = 0.0) -> None:
         super().__init__()
-        self.model, self.size, self.seed, self.stage = model, size, seed, stage
+        self.model, self.size, self.seed, self.stage, self.hard = model, size, seed, stage, hard
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         torch.set_num_threads(1)
@@ -147,7 +141,9 @@ class World(IterableDataset):
             samples = []
             while len(samples) < self.size:
                 family = families_at(self.stage, seed)
-                samples.append(encode(draw(seed % HELD_OUT, family=family), assets))
+                if random.Random(f"hard {seed}").random() < self.hard:
+                    family = ("small_text", "pair")[seed // workers % 2]
+                samples.append(encode(draw(seed % HELD_OUT, family=family, stage=self.stage), assets))
                 seed += workers
             yield collate(samples)
 
@@ -166,9 +162,7 @@ def collate(samples: list[Sample]) -> dict[str, object]:
             positions += range(index * longest + first - 1, index * longest + end - 1)
             targets += sample.token_ids[first:end]
             turns += [len(categories)] * (end - first)
-            categories.append(
-                f"{sample.conversation.turns[turn].category}/{sample.conversation.turns[turn].language}"
-            )
+            categories.append(f"{sample.conversation.turns[turn].category}/{sample.conversation.turns[turn].language}")
     return {
         "ids": ids,
         "image_rows": torch.cat(rows),

@@ -48,10 +48,7 @@ ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("small text, detail low", ("small_text",), "low"),
     ("difference", ("difference",), "auto"),
     ("follow-up", ("follow_up",), "auto"),
-    *(
-        (name.replace("_", "/"), (name,), "auto")
-        for name in (*_SCENE[4:], "chart", "receipt", "pair", "chat")
-    ),
+    *((name.replace("_", "/"), (name,), "auto") for name in (*_SCENE[4:], "chart", "receipt", "pair", "chat")),
 )
 
 
@@ -156,16 +153,12 @@ def as_table(results: Sequence[Result]) -> Table:
     for name, _, _ in ROWS:
         row = found.get(name.strip())
         if row:
-            cells = [
-                f"{100 * row[one]['accuracy']:.1f}" if one in row else "" for one in (*LANGUAGES, "both")
-            ]
+            cells = [f"{100 * row[one]['accuracy']:.1f}" if one in row else "" for one in (*LANGUAGES, "both")]
             table.add_row(name, *cells, str(int(row["both"]["questions"])))
     return table
 
 
-async def ask_all(
-    url: str, questions: Sequence[Question], concurrency: int, progress: Progress
-) -> list[Result]:
+async def ask_all(url: str, questions: Sequence[Question], concurrency: int, progress: Progress) -> list[Result]:
     """Ask a server, ``concurrency`` questions at a time.
 
     Raises:

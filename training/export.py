@@ -20,9 +20,7 @@ def export(model: MiniCPMV, folder: Path) -> None:
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
     for name, destination in checkpoint_tensors(model.config).items():
-        rows = parameters[destination.parameter].detach()[
-            destination.start : destination.start + destination.shape[0]
-        ]
+        rows = parameters[destination.parameter].detach()[destination.start : destination.start + destination.shape[0]]
         tensor = rows.reshape(destination.shape).to("cpu", torch.bfloat16).contiguous().clone()
         if size + tensor.nbytes > SHARD_BYTES:
             shards.append({})

@@ -94,9 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--vocab-size", type=int, default=3000, help="entries without the special tokens")
-    parser.add_argument(
-        "--conversations", type=int, default=7000, help="conversations to learn the merges from"
-    )
+    parser.add_argument("--conversations", type=int, default=7000, help="conversations to learn the merges from")
     args = parser.parse_args()
     tokenizer = train(args.vocab_size, args.conversations)
     save(tokenizer, args.output)

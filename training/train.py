@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from foveate.checkpoint.load import load_model
 from foveate.models.config import ModelConfig
 from foveate.models.minicpmv import MiniCPMV
 from foveate.models.resampler import sincos_positions
@@ -89,17 +90,13 @@ class Trainer:
         chosen = {id(p) for p in hidden}
         rest = [p for p in [*self.model.parameters(), *self.reader.parameters()] if id(p) not in chosen]
         self.optimizers = [
-            torch.optim.Muon(
-                hidden, lr=peak, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(
-                rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
-            ),
+            torch.optim.Muon(hidden, lr=peak, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"),
         ]
         self.peak = peak
         self.step_count = 0
 
-    def loss(self, batches: list[dict]) -> tuple[Tensor, dict[str, Tensor], list[tuple[list[str], Tensor]]]:
+    def loss(self, batches: list[dict]) -> tuple[Tensor, dict[str, Tensor], list[str], Tensor]:
         """Answer loss and reading loss of several batches together, and which turns would be answered exactly."""
         language = self.model.language
         sizes = [size for batch in batches for size in batch["tgt_sizes"]]
@@ -119,9 +116,7 @@ class Trainer:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             q, k, v = (t.unflatten(0, (count, widest)).transpose(1, 2) for t in (query, key, value))
             return (
-                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                .transpose(1, 2)
-                .flatten(0, 1)
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
             )
 
         places = torch.arange(widest, device=self.device).repeat(count)
@@ -133,7 +128,7 @@ class Trainer:
             wrong = (logits.argmax(-1) != targets).float()
             exact = torch.zeros(len(categories), device=self.device).index_add_(0, turns, wrong) == 0
         parts = {"answer": answering.detach(), "reading": reading.detach()}
-        return answering + self.aux_weight * reading, parts, [(categories, exact)]
+        return answering + self.aux_weight * reading, parts, categories, exact
 
     aux_weight = AUX_WEIGHT
 
@@ -166,22 +161,20 @@ class Trainer:
         targets = torch.cat([batch["targets"] for batch in batches])
         return torch.cat(rows), torch.cat(positions), targets, torch.cat(turns), categories
 
-    def step(
-        self, batches: list[dict], scale: float
-    ) -> tuple[dict[str, Tensor], list[tuple[list[str], Tensor]]]:
+    def step(self, batches: list[dict], scale: float) -> tuple[dict[str, Tensor], list[str], Tensor]:
         """One update at ``scale`` times the peak learning rate."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.peak * scale
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss, parts, exact = self.loss(batches)
+            loss, parts, categories, exact = self.loss(batches)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
-        return parts, exact
+        return parts, categories, exact
 
     def state(self) -> dict:
         return {"model": self.model.state_dict(), "reader": self.reader.state_dict(), "steps": self.step_count,
@@ -200,68 +193,78 @@ def scale_at(progress: float, steps: int) -> float:
     return min(1.0, (steps + 1) / 200) * min(1.0, max(0.0, (1.0 - progress) / 0.45))
 
 
+class Log:
+    """Collects what steps say, and writes a line of it now and then."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._every = every
+        self._steps: list[tuple[dict[str, Tensor], list[str], Tensor]] = []
+        self._since = time.time()
+        self._seen = 0
+        self._waited = 0.0
+
+    def add(self, parts: dict[str, Tensor], categories: list[str], exact: Tensor, seen: int, waited: float) -> bool:
+        """Take in a step; say whether a line is due."""
+        self._steps.append((parts, categories, exact))
+        self._seen += seen
+        self._waited += waited
+        return len(self._steps) == self._every
+
+    def write(self, **entry: float) -> None:
+        """Write means of the losses, the share of turns answered exactly, and the speed since the last line."""
+        right: dict[str, list[float]] = defaultdict(list)
+        for _, categories, exact in self._steps:
+            for category, flag in zip(categories, exact.tolist(), strict=True):
+                right[category].append(flag)
+        seconds = time.time() - self._since
+        means = {name: sum(float(parts[name]) for parts, _, _ in self._steps) / self._every for name in self._steps[0][0]}
+        line = {
+            **entry,
+            "conversations_per_second": round(self._seen / seconds, 1),
+            "waiting_for_data": round(self._waited / seconds, 2),
+            **{name: round(mean, 4) for name, mean in means.items()},
+            "exact": {name: round(sum(flags) / len(flags), 3) for name, flags in sorted(right.items())},
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        print(json.dumps(line), flush=True)
+        self._steps.clear()
+        self._since, self._seen, self._waited = time.time(), 0, 0.0
+
+
 def run(args: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     trainer = Trainer(ModelConfig.from_folder(args.model), device, args.lr)
-    out: Path = args.output
-    out.mkdir(parents=True, exist_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
     resume = args.state / "state.pt"
     if resume.exists():
         trainer.restore(torch.load(resume, map_location=device, weights_only=True))
         print(f"continuing after {trainer.step_count} steps")
-    world = World(
-        args.model, args.batch, seed=args.seed * 10_000_000 + int(args.start * 500_000_000), stage=args.start
-    )
-    loader = iter(
-        DataLoader(
-            world,
-            batch_size=None,
-            num_workers=args.workers,
-            prefetch_factor=4 if args.workers else None,
-            pin_memory=device.type == "cuda",
-        )
-    )
-    right: dict[str, list[float]] = defaultdict(list)
-    log = (out / "log.jsonl").open("a")
-    pending: list = []
-    last, seen, waited = time.time(), 0, 0.0
+    elif args.weights:
+        trainer.model.load_state_dict(load_model(args.weights, device, torch.float32).state_dict())
+        print(f"continuing with the weights of {args.weights}")
+    first_seed = args.seed * 10_000_000 + int(args.start * 500_000_000)
+    world = World(args.model, args.batch, seed=first_seed, stage=args.stage, hard=args.hard)
+    pinned = device.type == "cuda"
+    ahead = 4 if args.workers else None
+    loader = iter(DataLoader(world, batch_size=None, num_workers=args.workers, prefetch_factor=ahead, pin_memory=pinned))
+    log = Log(args.output / "log.jsonl", args.every)
     while (elapsed := time.time() - started) < args.seconds:
         progress = args.start + (args.end - args.start) * elapsed / args.seconds
         trainer.aux_weight = AUX_WEIGHT * max(0.1, 1 - 1.5 * progress)
         asked = time.time()
         batches = [next(loader) for _ in range(args.accumulate)]
-        waited += time.time() - asked
-        seen += sum(len(batch["ids"]) for batch in batches)
-        parts, exact = trainer.step(batches, scale_at(progress, trainer.step_count))
-        pending.append((parts, exact))
-        if len(pending) == args.every:
-            for _, results in pending:
-                for categories, flags in results:
-                    for category, flag in zip(categories, flags.tolist(), strict=True):
-                        right[category].append(flag)
-            entry = {"step": trainer.step_count, "progress": round(progress, 4), "seconds": round(elapsed, 1),
-                     "conversations_per_second": round(seen / (time.time() - last), 1),
-                     "waiting_for_data": round(waited / (time.time() - last), 2),
-                     **{name: round(sum(float(p[name]) for p, _ in pending) / len(pending), 4) for name in parts},
-                     "exact": {name: round(sum(flags) / len(flags), 3) for name, flags in sorted(right.items())}}  # fmt: skip
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            short = " ".join(
-                f"{name}={value:.2f}" for name, value in entry["exact"].items() if name.endswith("en")
-            )
-            print(
-                f"{entry['step']:6d} {elapsed:5.0f}s {entry['conversations_per_second']:6.0f}/s wait {entry['waiting_for_data']:.2f} answer {entry['answer']:.3f} reading {entry['reading']:.3f} {short}",
-                flush=True,
-            )
-            right.clear()
-            pending.clear()
-            last, seen, waited = time.time(), 0, 0.0
+        waited = time.time() - asked
+        parts, categories, exact = trainer.step(batches, scale_at(progress, trainer.step_count))
+        if log.add(parts, categories, exact, sum(len(batch["ids"]) for batch in batches), waited):
+            log.write(step=trainer.step_count, progress=round(progress, 4), seconds=round(elapsed, 1))
     args.state.mkdir(parents=True, exist_ok=True)
     torch.save(trainer.state(), resume)
-    export(trainer.model, out)
-    print(f"{trainer.step_count} steps, wrote {out}")
+    export(trainer.model, args.output)
+    print(f"{trainer.step_count} steps, wrote {args.output}")
 
 
 def main() -> None:
@@ -273,12 +276,14 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("/tmp/foveate-training"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument(
-        "--start", type=float, default=0.0, help="where in the schedule this run begins, 0 to 1"
-    )
+    parser.add_argument("--start", type=float, default=0.0, help="where in the schedule this run begins, 0 to 1")
     parser.add_argument("--end", type=float, default=1.0, help="where in the schedule this run ends, 0 to 1")
-    parser.add_argument("--stage", type=float, default=1.0, help="share of the hard pictures: 0 without slices, 1 all kinds")
+    parser.add_argument(
+        "--stage", type=float, default=1.0, help="share of the hard pictures: 0 without slices, 1 all kinds"
+    )
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--hard", type=float, default=0.0, help="further share of small text and of two pictures")
+    parser.add_argument("--weights", type=Path, help="checkpoint to begin from, without the state of a run")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=12, help="worker batches in one step")
     parser.add_argument("--workers", type=int, default=15)

@@ -213,9 +213,7 @@ def answer_limit(prompt: Prompt, request: ChatCompletionRequest, limits: Ready) 
 
 def unknown_model(asked: str, served: str) -> ModelNotFound:
     """Say which model there is."""
-    return ModelNotFound(
-        f"The model {asked[:200]!r} does not exist; this server has {served!r}.", param="model"
-    )
+    return ModelNotFound(f"The model {asked[:200]!r} does not exist; this server has {served!r}.", param="model")
 
 
 def _not_ready() -> Unavailable:

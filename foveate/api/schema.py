@@ -96,9 +96,7 @@ Contents = Annotated[
 Unsupported = Annotated[Any, BeforeValidator(_only())]
 NoTools = Annotated[Any, BeforeValidator(_only([]))]
 NoChoice = Annotated[Any, BeforeValidator(_only("none"))]
-NotStored = Annotated[
-    Any, BeforeValidator(_only(False, reason="must not be true: this server stores nothing"))
-]
+NotStored = Annotated[Any, BeforeValidator(_only(False, reason="must not be true: this server stores nothing"))]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -184,16 +182,12 @@ class ChatCompletionRequest(Part):
 
     user: str | None = Field(None, description="Accepted; changes nothing.")
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
-    metadata: dict[str, Any] | None = Field(
-        None, description="Accepted; changes nothing, as nothing is stored."
-    )
+    metadata: dict[str, Any] | None = Field(None, description="Accepted; changes nothing, as nothing is stored.")
     store: NotStored = None
     response_format: ResponseFormat | None = None
     tools: NoTools = None
     tool_choice: NoChoice = None
-    parallel_tool_calls: bool | None = Field(
-        None, description="Accepted; changes nothing, as there are no tools."
-    )
+    parallel_tool_calls: bool | None = Field(None, description="Accepted; changes nothing, as there are no tools.")
     functions: NoTools = None
     function_call: NoChoice = None
     modalities: Annotated[Any, BeforeValidator(_only(["text"]))] = None

@@ -93,14 +93,10 @@ class ModelAssets:
         """Refuse files that contradict each other."""
         config = folder / "config.json"
         if not self.eos_token_ids:
-            raise CheckpointError(
-                f"{config}: eos_token_id is missing, and generation_config.json has none either"
-            )
+            raise CheckpointError(f"{config}: eos_token_id is missing, and generation_config.json has none either")
         for id_ in self.eos_token_ids:
             if id_ >= self.vocab_size:
-                raise CheckpointError(
-                    f"{config}: eos_token_id {id_} is not below vocab_size {self.vocab_size}"
-                )
+                raise CheckpointError(f"{config}: eos_token_id {id_} is not below vocab_size {self.vocab_size}")
         if self.tokenizer.vocab_size > self.vocab_size:
             size = self.tokenizer.vocab_size
             raise CheckpointError(f"{config}: vocab_size {self.vocab_size} is below tokenizer.json's {size}")
@@ -112,9 +108,7 @@ class ModelAssets:
         for key in ("im_start", "im_end", "slice_start", "slice_end", "unk", "im_id_start", "im_id_end"):
             token = getattr(self.pictures, key)
             if self.tokenizer.token_id(token) is None:
-                raise CheckpointError(
-                    f"{preprocessor}: {key} {token!r} is not an added token of tokenizer.json"
-                )
+                raise CheckpointError(f"{preprocessor}: {key} {token!r} is not an added token of tokenizer.json")
 
 
 class _Config(msgspec.Struct):
@@ -173,13 +167,9 @@ def _read_template(folder: Path) -> ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{template_file}: cannot be read ({error})") from error
     if source is None:
-        raise CheckpointError(
-            f"{config_file}: chat_template is missing, and there is no {template_file.name}"
-        )
+        raise CheckpointError(f"{config_file}: chat_template is missing, and there is no {template_file.name}")
     tokens = {name: getattr(config, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    names = {
-        name: token.content if isinstance(token, _AddedToken) else token for name, token in tokens.items()
-    }
+    names = {name: token.content if isinstance(token, _AddedToken) else token for name, token in tokens.items()}
     try:
         return ChatTemplate(source, {name: token for name, token in names.items() if token is not None})
     except CheckpointError as error:

@@ -83,9 +83,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
-            raise InvalidRequest(
-                f"the text has a lone surrogate (U+{code:04X}), which is no character"
-            ) from error
+            raise InvalidRequest(f"the text has a lone surrogate (U+{code:04X}), which is no character") from error
         # Unlike encode, a batch releases the GIL: a long prompt does not stall the other answers.
         ids: list[int] = self._text.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
@@ -207,9 +205,7 @@ class StopStrings:
         self._held += text
         for end in range(start, len(self._held)):
             self._advance(self._held[end])
-            found = [
-                stop for stop, count in zip(self._stops, self._matched, strict=True) if count == len(stop)
-            ]
+            found = [stop for stop, count in zip(self._stops, self._matched, strict=True) if count == len(stop)]
             if found:
                 self._found = max(found, key=len)
                 emit, self._held = self._held[: end + 1 - len(self._found)], ""
@@ -267,18 +263,14 @@ def _token_bytes(vocab: Mapping[str, int]) -> list[bytes]:
 def _check_kind(raw: dict[str, Any], name: str) -> None:
     model, decoder = raw["model"]["type"], (raw["decoder"] or {}).get("type")
     if (model, decoder) != ("BPE", "ByteLevel"):
-        raise CheckpointError(
-            f"{name}: model {model} with decoder {decoder} is not served, only byte-level BPE"
-        )
+        raise CheckpointError(f"{name}: model {model} with decoder {decoder} is not served, only byte-level BPE")
     missing = _BYTES.keys() - raw["model"]["vocab"].keys()
     if missing:
         raise CheckpointError(f"{name}: model.vocab has no token for byte {_BYTES[min(missing)]:#04x}")
     for token in raw["added_tokens"]:
         for flag in ("lstrip", "rstrip", "single_word"):
             if token[flag]:
-                raise CheckpointError(
-                    f"{name}: added token {token['content']!r} has {flag}, which is not served"
-                )
+                raise CheckpointError(f"{name}: added token {token['content']!r} has {flag}, which is not served")
 
 
 def _without_added_tokens(raw: dict[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,7 @@ _SINGLE = "model.safetensors"
 _NAMES_SHOWN = 5
 
 
-def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype, *, progress: Progress | None = None
-) -> MiniCPMV:
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, *, progress: Progress | None = None) -> MiniCPMV:
     """Build the model of a checkpoint folder and fill it.
 
     Args:
@@ -46,9 +44,7 @@ def load_model(
     for count, (name, tensor, file) in enumerate(_stored(folder), start=1):
         destination = expected.pop(name, None)
         if destination is None:
-            raise CheckpointError(
-                f"{file}: tensor {name} does not belong to a {config.model_type} of this size"
-            )
+            raise CheckpointError(f"{file}: tensor {name} does not belong to a {config.model_type} of this size")
         _fill(parameters[destination.parameter], tensor, name, destination, file)
         if progress:
             progress(count, total)

@@ -51,7 +51,7 @@ def serve(settings: Settings) -> int:
         ConfigError: a setting is impossible on this machine.
         CheckpointError: the model is not there, or is not one that can be served.
     """
-    configure_logging()
+    configure_logging(settings.logs.log_level)
     with contextlib.closing(listen(settings.http)) as listener:
         model = resolve_model(settings.model)
         settings = settings.model_copy(update={"model": model.settings})

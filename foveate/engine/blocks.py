@@ -163,9 +163,7 @@ class BlockAllocator:
             if places[block] != 1:
                 raise EngineError(f"KV block {block} is in {places[block]} places instead of one")
             if self._refs[block] != held[block]:
-                raise EngineError(
-                    f"KV block {block} counts {self._refs[block]} holders, but has {held[block]}"
-                )
+                raise EngineError(f"KV block {block} counts {self._refs[block]} holders, but has {held[block]}")
             if held[block] > 1 and block_hash is None:
                 raise EngineError(f"KV block {block} is shared by {held[block]} sequences without a hash")
             if block_hash is not None and self._by_hash.get(block_hash) != block:

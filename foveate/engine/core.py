@@ -132,9 +132,7 @@ class EngineCore:
     def _add(self, request: Generate) -> None:
         """Queue a request's sequences, all or none, and release its handles either way."""
         try:
-            rows = [
-                self._read(slot.handle, sum(length for _, length in slot.ranges)) for slot in request.images
-            ]
+            rows = [self._read(slot.handle, sum(length for _, length in slot.ranges)) for slot in request.images]
         finally:
             for slot in request.images:
                 self.embeddings.release(slot.handle)
@@ -153,9 +151,7 @@ class EngineCore:
             )
             for index in range(request.n)
         ]
-        positions = [
-            np.arange(start, start + length) for slot in request.images for start, length in slot.ranges
-        ]
+        positions = [np.arange(start, start + length) for slot in request.images for start, length in slot.ranges]
         embeddings = torch.cat(rows) if rows else None
         for seq in seqs:
             seed = secrets.randbits(_SEED_BITS) if first is None else first + seq.index
@@ -169,9 +165,7 @@ class EngineCore:
         rows: torch.Tensor = self.embeddings.read(handle)
         hidden = self.runner.model.config.hidden_size
         if tuple(rows.shape) != (wanted, hidden):
-            raise InvalidRequest(
-                f"a picture has embeddings {list(rows.shape)}, and its places need {[wanted, hidden]}"
-            )
+            raise InvalidRequest(f"a picture has embeddings {list(rows.shape)}, and its places need {[wanted, hidden]}")
         return rows.to(self.runner.device)
 
     def _check_ids(self, request: Generate) -> None:
@@ -184,9 +178,7 @@ class EngineCore:
         ):
             outside = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
             if outside is not None:
-                raise InvalidRequest(
-                    f"{name} has token id {outside}, and the vocabulary ends at {vocab_size - 1}"
-                )
+                raise InvalidRequest(f"{name} has token id {outside}, and the vocabulary ends at {vocab_size - 1}")
 
 
 def _signed(seed: int) -> int:

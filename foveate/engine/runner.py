@@ -37,9 +37,7 @@ class ModelRunner:
         ConfigError: the cache cannot hold a sequence of the length that the settings name.
     """
 
-    def __init__(
-        self, model: Qwen2, settings: EngineSettings, max_seq_len: int, *, reserved_bytes: int = 0
-    ) -> None:
+    def __init__(self, model: Qwen2, settings: EngineSettings, max_seq_len: int, *, reserved_bytes: int = 0) -> None:
         self.model = model
         if model.embed_tokens.weight.device.type == "cpu":
             _store_by_columns(model)

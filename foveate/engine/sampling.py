@@ -192,9 +192,7 @@ def _logprobs_wanted(logits: Tensor, seqs: Listing[Sequence]) -> Tensor | None:
     return logits.log_softmax(dim=-1)
 
 
-def _logprobs_of(
-    logprobs: Tensor | None, token_ids: list[int], seqs: Listing[Sequence]
-) -> list[TokenLogprob | None]:
+def _logprobs_of(logprobs: Tensor | None, token_ids: list[int], seqs: Listing[Sequence]) -> list[TokenLogprob | None]:
     if logprobs is None:
         return [None] * len(seqs)
     found: list[TokenLogprob | None] = []

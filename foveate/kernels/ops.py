@@ -41,12 +41,8 @@ def varlen_attention(
         return reference.varlen_attention(query, key, value, query_lengths, key_lengths)
     from torch.nn.attention.varlen import varlen_attn
 
-    query_offsets, key_offsets = (
-        _offsets(tuple(lengths), query.device) for lengths in (query_lengths, key_lengths)
-    )
-    attended = varlen_attn(
-        query, key, value, query_offsets, key_offsets, max(query_lengths), max(key_lengths)
-    )
+    query_offsets, key_offsets = (_offsets(tuple(lengths), query.device) for lengths in (query_lengths, key_lengths))
+    attended = varlen_attn(query, key, value, query_offsets, key_offsets, max(query_lengths), max(key_lengths))
     assert isinstance(attended, Tensor)
     return attended
 

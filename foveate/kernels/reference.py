@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: what runs where nothing faster does, and what everything faster is tested against."""
+"""Every operation in plain PyTorch: what runs where nothing faster does, and what the faster ones are tested against."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tens
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` [tokens, heads, head_dim] by the angles of :func:`rotary_cos_sin`, halves paired (GPT-NeoX style)."""
+    """Rotate ``x`` [tokens, heads, head_dim] by the angles of :func:`rotary_cos_sin`, halves paired (GPT-NeoX)."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -99,10 +99,7 @@ def paged_decode_attention(
         [batch, heads, head_dim]
     """
     key, value = (
-        cache.index_select(0, block_tables.flatten())
-        .unflatten(0, block_tables.shape)
-        .flatten(1, 2)
-        .transpose(1, 2)
+        cache.index_select(0, block_tables.flatten()).unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)
         for cache in (key_cache, value_cache)
     )
     # The query heads that share a KV head become rows of one query: no copy of keys and values per head.
@@ -127,8 +124,7 @@ def paged_prefill_attention(
     """
     total = num_cached + query.shape[0]
     key, value = (
-        cache.index_select(0, block_table).flatten(0, 1)[:total].transpose(0, 1)
-        for cache in (key_cache, value_cache)
+        cache.index_select(0, block_table).flatten(0, 1)[:total].transpose(0, 1) for cache in (key_cache, value_cache)
     )
     repeats = query.shape[1] // key.shape[0]
     if repeats > 1:

@@ -92,9 +92,7 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
         raise PictureError(f"the {info.format} picture is truncated or corrupt ({_reason(error)})") from error
     if rgb.size != (info.width, info.height):
         size = f"{rgb.width}×{rgb.height}"
-        raise PictureError(
-            f"the {info.format} picture is corrupt: it is {size}, not {info.width}×{info.height}"
-        )
+        raise PictureError(f"the {info.format} picture is corrupt: it is {size}, not {info.width}×{info.height}")
     return rgb
 
 

@@ -60,9 +60,7 @@ def _language(config: LanguageConfig) -> dict[str, Destination]:
     kv_size = config.num_key_value_heads * config.head_dim
     ours, theirs = "language", "llm.model"
     tensors = {
-        f"{theirs}.embed_tokens.weight": Destination(
-            f"{ours}.embed_tokens.weight", (config.vocab_size, hidden)
-        ),
+        f"{theirs}.embed_tokens.weight": Destination(f"{ours}.embed_tokens.weight", (config.vocab_size, hidden)),
         f"{theirs}.norm.weight": Destination(f"{ours}.norm.weight", (hidden,)),
     }
     if not config.tie_word_embeddings:
@@ -76,9 +74,7 @@ def _language(config: LanguageConfig) -> dict[str, Destination]:
         for name, start in (("gate", 0), ("up", inner)):
             fused = Destination(f"{target}.gate_up_proj.weight", (inner, hidden), start)
             tensors[f"{source}.mlp.{name}_proj.weight"] = fused
-        tensors[f"{source}.self_attn.o_proj.weight"] = Destination(
-            f"{target}.o_proj.weight", (hidden, hidden)
-        )
+        tensors[f"{source}.self_attn.o_proj.weight"] = Destination(f"{target}.o_proj.weight", (hidden, hidden))
         tensors[f"{source}.mlp.down_proj.weight"] = Destination(f"{target}.down_proj.weight", (hidden, inner))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{source}.{norm}.weight"] = Destination(f"{target}.{norm}.weight", (hidden,))
@@ -113,9 +109,7 @@ def _vision(config: VisionConfig) -> dict[str, Destination]:
     for index in range(config.num_hidden_layers):
         source, target = f"{theirs}.encoder.layers.{index}", f"{ours}.layers.{index}"
         for place, name in enumerate("qkv"):
-            tensors |= _linear(
-                f"{source}.self_attn.{name}_proj", f"{target}.qkv_proj", hidden, hidden, place * hidden
-            )
+            tensors |= _linear(f"{source}.self_attn.{name}_proj", f"{target}.qkv_proj", hidden, hidden, place * hidden)
         tensors |= _linear(f"{source}.self_attn.out_proj", f"{target}.out_proj", hidden, hidden)
         tensors |= _linear(f"{source}.mlp.fc1", f"{target}.fc1", inner, hidden)
         tensors |= _linear(f"{source}.mlp.fc2", f"{target}.fc2", hidden, inner)

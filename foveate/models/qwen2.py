@@ -19,7 +19,7 @@ class Attend(Protocol):
     """How the rows of a batch attend to each other, and where their keys and values are kept."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return [tokens, heads, head_dim] for ``query`` of that shape and ``key``, ``value`` [tokens, kv_heads, head_dim]."""
+        """Return [tokens, heads, head_dim], the shape of ``query``; ``key`` and ``value`` have kv_heads instead."""
         ...
 
 

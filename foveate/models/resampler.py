@@ -57,9 +57,7 @@ class Resampler(nn.Module):
     def __init__(self, query_num: int, hidden_size: int, vision_size: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(query_num, hidden_size))
-        self.kv_proj = (
-            nn.Identity() if vision_size == hidden_size else nn.Linear(vision_size, hidden_size, bias=False)
-        )
+        self.kv_proj = nn.Identity() if vision_size == hidden_size else nn.Linear(vision_size, hidden_size, bias=False)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_size))
         self.out_proj = nn.Linear(hidden_size, hidden_size)

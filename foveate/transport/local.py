@@ -63,9 +63,7 @@ class LocalArena:
         with self._lock:
             rows, end = self._held.get(handle.lease, (None, 0.0))
         if handle.arena != self.name or rows is None or end < self._clock():
-            raise Unavailable(
-                "a picture's embeddings were given up before they were read; try again", retry_after=1
-            )
+            raise Unavailable("a picture's embeddings were given up before they were read; try again", retry_after=1)
         return rows
 
     def release(self, handle: EmbeddingHandle) -> None:

@@ -21,9 +21,7 @@ class VisionEncoder:
         batch_size: slices in one step; more are encoded in several.
     """
 
-    def __init__(
-        self, tower: VisionTower, *, mean: Sequence[float], std: Sequence[float], batch_size: int
-    ) -> None:
+    def __init__(self, tower: VisionTower, *, mean: Sequence[float], std: Sequence[float], batch_size: int) -> None:
         self.tower = tower
         self.batch_size = batch_size
         weight = tower.encoder.patch_embedding.weight

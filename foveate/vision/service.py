@@ -146,9 +146,7 @@ class VisionService:
             case Encode():
                 waiting = sum(handle is None for handle in self._wanted.values())
                 if waiting >= self._settings.vision.max_vision_queue:
-                    error = Overloaded(
-                        f"{waiting} pictures wait for the vision encoder already", retry_after=1
-                    )
+                    error = Overloaded(f"{waiting} pictures wait for the vision encoder already", retry_after=1)
                     self._fail(request.request_id, error)
                     return
                 self._wanted[request.request_id] = None
@@ -195,9 +193,7 @@ class VisionService:
         """Encode each picture once, however many requests it is in."""
         known = {item.digest: self._cache.get(item.digest) for item in batch}
         missing = {item.digest: item.pixels for item in batch if known[item.digest] is None}
-        fresh = (
-            dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True)) if missing else {}
-        )
+        fresh = dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True)) if missing else {}
         for name, rows in fresh.items():
             self._cache.put(name, rows)
         for item in batch:

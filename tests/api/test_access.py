@@ -56,9 +56,7 @@ def test_probes_need_no_key(locked: RunningServer, path: str) -> None:
     assert httpx.get(locked.url + path, headers={"host": "models.example.com"}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1", "a:b"]
-)
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "10.0.0.1", "a:b"])
 def test_another_sites_name_is_not_answered(http: httpx.Client, host: str) -> None:
     answer = http.get("/v1/models", headers={"host": host})
     assert answer.status_code == 403

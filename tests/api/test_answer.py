@@ -42,9 +42,7 @@ def tell(answer: Answer, token_ids: list[int], reason: Any = None) -> str:
     text=st.text(alphabet="abé你 \n", max_size=30),
     stops=st.lists(st.text("abé你", min_size=1, max_size=4), max_size=3),
 )
-def test_stop_strings_cut_the_text_wherever_tokens_cut_it(
-    assets: ModelAssets, text: str, stops: list[str]
-) -> None:
+def test_stop_strings_cut_the_text_wherever_tokens_cut_it(assets: ModelAssets, text: str, stops: list[str]) -> None:
     token_ids = assets.tokenizer.encode_text(text)
     answer = Answer(planned(stops), assets.tokenizer)
     told = tell(answer, token_ids, "length")
@@ -120,9 +118,7 @@ def test_seeds_of_all_answers_fit_into_64_bits(seed: int) -> None:
     assert 0 <= made <= made + 15 < 2**63
 
 
-@pytest.mark.parametrize(
-    "fields", [{"logit_bias": {"1000": 1}}, {"stop_token_ids": [1000]}, {"min_tokens": 8}]
-)
+@pytest.mark.parametrize("fields", [{"logit_bias": {"1000": 1}}, {"stop_token_ids": [1000]}, {"min_tokens": 8}])
 def test_what_the_model_cannot_do_is_named(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         chosen(**fields)

@@ -18,9 +18,7 @@ CASES = golden_cases()
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 
 
-def ask(
-    client: openai.OpenAI, messages: Any = HELLO, *, extra: dict[str, Any] | None = None, **fields: Any
-) -> Any:
+def ask(client: openai.OpenAI, messages: Any = HELLO, *, extra: dict[str, Any] | None = None, **fields: Any) -> Any:
     fields = {"model": "model", "temperature": 0, "max_tokens": 12} | fields
     return client.chat.completions.create(messages=messages, extra_body=extra, **fields)
 
@@ -35,9 +33,7 @@ def test_answers_are_the_published_models(
     tensors = load_file(GOLDEN / "tiny" / case["file"])
     expected = [int(token) for token in tensors.get(f"{key}_fullmask", tensors[key])]
     extra = {"ignore_eos": True, "skip_special_tokens": False, "repetition_penalty": penalty}
-    answer = ask(
-        client, golden_messages(case["messages"]), max_tokens=len(expected), logprobs=True, extra=extra
-    )
+    answer = ask(client, golden_messages(case["messages"]), max_tokens=len(expected), logprobs=True, extra=extra)
     tokens = [token.bytes for token in answer.choices[0].logprobs.content]
     assert tokens == [list(assets.tokenizer.token_bytes(token)) for token in expected]
     assert answer.choices[0].message.content == assets.tokenizer.decode(expected, skip_special_tokens=False)
@@ -104,9 +100,7 @@ def test_n_answers_have_their_own_seeds(client: openai.OpenAI) -> None:
 
 def test_the_same_seed_gives_the_same_answer(client: openai.OpenAI) -> None:
     def sample(seed: int) -> str:
-        answer = ask(
-            client, temperature=1.5, seed=seed, max_tokens=16, extra={"ignore_eos": True, "top_k": -1}
-        )
+        answer = ask(client, temperature=1.5, seed=seed, max_tokens=16, extra={"ignore_eos": True, "top_k": -1})
         return str(answer.choices[0].message.content)
 
     assert sample(7) == sample(7)
@@ -117,9 +111,7 @@ def test_the_same_seed_gives_the_same_answer(client: openai.OpenAI) -> None:
 def test_greedy_ignores_what_only_sampling_has(client: openai.OpenAI) -> None:
     plain = ask(client, max_tokens=32, extra={"ignore_eos": True})
     odd = ask(client, max_tokens=32, top_p=0, seed=3, extra={"ignore_eos": True, "top_k": 2, "min_p": 0.9})
-    likeliest = ask(
-        client, max_tokens=32, temperature=1, top_p=0, extra={"ignore_eos": True, "repetition_penalty": 1}
-    )
+    likeliest = ask(client, max_tokens=32, temperature=1, top_p=0, extra={"ignore_eos": True, "repetition_penalty": 1})
     assert odd.choices[0].message.content == plain.choices[0].message.content
     assert likeliest.choices[0].message.content == plain.choices[0].message.content
 
@@ -167,9 +159,7 @@ def test_eos_ends_an_answer_unless_ignored(client: openai.OpenAI, assets: ModelA
     ignored = ask(client, max_tokens=6, logit_bias=bias, extra={"ignore_eos": True})
     assert (ignored.choices[0].finish_reason, ignored.usage.completion_tokens) == ("length", 6)
     assert ignored.choices[0].message.content == ""
-    shown = ask(
-        client, max_tokens=2, logit_bias=bias, extra={"ignore_eos": True, "skip_special_tokens": False}
-    )
+    shown = ask(client, max_tokens=2, logit_bias=bias, extra={"ignore_eos": True, "skip_special_tokens": False})
     assert shown.choices[0].message.content == "<|im_end|>" * 2
 
 

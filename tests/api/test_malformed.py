@@ -77,8 +77,8 @@ def mutated(random_source: random.Random) -> Any:
             case 1:
                 del target[last]
             case _ if isinstance(target, dict):
-                target[random_source.choice(["n", "tools", "min_tokens", "role", "colour", ""])] = (
-                    random_source.choice(STRANGE)
+                target[random_source.choice(["n", "tools", "min_tokens", "role", "colour", ""])] = random_source.choice(
+                    STRANGE
                 )
             case _:
                 target.insert(0, copy.deepcopy(random_source.choice(STRANGE)))
@@ -91,9 +91,7 @@ def damaged(random_source: random.Random) -> bytes:
     for _ in range(random_source.randint(1, 8)):
         content[random_source.randrange(len(content))] = random_source.randrange(256)
     start, end = sorted(random_source.choices(range(len(content)), k=2))
-    return bytes(
-        random_source.choice([content, content[:start], content[end:], content + content[start:end]])
-    )
+    return bytes(random_source.choice([content, content[:start], content[end:], content + content[start:end]]))
 
 
 def broken_picture(random_source: random.Random) -> bytes:

@@ -105,9 +105,7 @@ def error(answer: httpx.Response, code: str | None) -> dict[str, Any]:
         ({"max_slice_nums": 9, "detail": "high"}, 5),
     ],
 )
-def test_detail_and_max_slice_nums_decide_the_tokens(
-    http: httpx.Client, options: dict[str, Any], slices: int
-) -> None:
+def test_detail_and_max_slice_nums_decide_the_tokens(http: httpx.Client, options: dict[str, Any], slices: int) -> None:
     assert image_tokens(send(http, picture("image1.jpg", **options))) == slices * TOKENS_PER_SLICE
 
 
@@ -233,9 +231,9 @@ def test_a_url_is_fetched_once_a_request(small: httpx.Client, host: str) -> None
 def test_a_url_and_its_data_are_the_same_picture(small: httpx.Client, host: str) -> None:
     urls = [f"{host}/frame_0.jpg", data_url("frame_0.jpg"), f"file://{GOLDEN}/assets/frame_0.jpg"]
     answers = {
-        send(small, {"type": "image_url", "image_url": {"url": url}}, "What?").json()["choices"][0][
-            "message"
-        ]["content"]
+        send(small, {"type": "image_url", "image_url": {"url": url}}, "What?").json()["choices"][0]["message"][
+            "content"
+        ]
         for url in urls
     }
     assert len(answers) == 1

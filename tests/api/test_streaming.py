@@ -26,9 +26,7 @@ def body(**fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("messages", [HELLO, [user("See: ", picture("syn_wide.png"))]])
 @pytest.mark.parametrize("stop", [None, [" ", "e", "\ufffd"]])
-def test_a_stream_says_what_one_piece_says(
-    client: openai.OpenAI, messages: Any, stop: list[str] | None
-) -> None:
+def test_a_stream_says_what_one_piece_says(client: openai.OpenAI, messages: Any, stop: list[str] | None) -> None:
     fields: dict[str, Any] = {
         "model": "model",
         "messages": messages,
@@ -54,9 +52,7 @@ def test_a_stream_says_what_one_piece_says(
     logprobs = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content or ()]
     expected = whole.choices[0].logprobs.content
     assert [entry.bytes for entry in logprobs] == [entry.bytes for entry in expected]
-    assert [entry.logprob for entry in logprobs] == pytest.approx(
-        [entry.logprob for entry in expected], abs=1e-3
-    )
+    assert [entry.logprob for entry in logprobs] == pytest.approx([entry.logprob for entry in expected], abs=1e-3)
     assert last.choices == []
     assert last.usage.completion_tokens == whole.usage.completion_tokens
     assert last.usage.prompt_tokens == whole.usage.prompt_tokens
@@ -122,9 +118,7 @@ def test_a_stop_string_ends_one_of_n_answers(client: openai.OpenAI, server: Runn
     stop = next(character for character in texts[0][2:] if not all(character in text for text in texts))
     cut = client.chat.completions.create(**fields, seed=3, stop=stop, extra_body=ENDLESS)
     assert [choice.message.content for choice in cut.choices] == [text.split(stop)[0] for text in texts]
-    assert [choice.finish_reason for choice in cut.choices] == [
-        "stop" if stop in text else "length" for text in texts
-    ]
+    assert [choice.finish_reason for choice in cut.choices] == ["stop" if stop in text else "length" for text in texts]
 
 
 def test_a_stop_string_in_the_last_tokens_ends_an_answer_once(client: openai.OpenAI) -> None:
@@ -141,9 +135,7 @@ def test_a_stop_string_in_the_last_tokens_ends_an_answer_once(client: openai.Ope
     for stop in sorted({text[-1] for text in texts if text}):
         for _ in range(4):
             cut = client.chat.completions.create(**fields, seed=1, stop=stop, extra_body=ENDLESS)
-            assert [choice.message.content for choice in cut.choices] == [
-                text.split(stop)[0] for text in texts
-            ]
+            assert [choice.message.content for choice in cut.choices] == [text.split(stop)[0] for text in texts]
 
 
 def test_an_error_before_the_first_event_has_its_status(http: httpx.Client) -> None:
@@ -188,9 +180,7 @@ def test_hanging_up_in_the_middle_of_a_stream_ends_it(
     client: openai.OpenAI, server: RunningServer, eventually: Eventually
 ) -> None:
     aborted = server.metric("foveate_engine_aborted_total")
-    stream = client.chat.completions.create(
-        model="model", messages=HELLO, stream=True, n=2, extra_body=ENDLESS
-    )
+    stream = client.chat.completions.create(model="model", messages=HELLO, stream=True, n=2, extra_body=ENDLESS)
     for _, chunk in zip(range(4), stream, strict=False):
         assert chunk.choices
     stream.close()
@@ -203,9 +193,7 @@ def test_hanging_up_before_a_whole_answer_ends_it(server: RunningServer, eventua
     content = json.dumps(body(max_tokens=None, messages=[user(picture("image1.jpg"), "Go on.")])).encode()
     url = urlsplit(server.url)
     with socket.create_connection((url.hostname, url.port)) as connection:
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
-        )
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         eventually(lambda: server.metric("foveate_engine_num_running") > 0)
     eventually(lambda: all_idle(server))

@@ -50,9 +50,7 @@ def test_the_published_checkpoint() -> None:
 def test_without_generation_config_all_is_neutral(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     assets = ModelAssets.from_folder(folder)
-    assert assets.generation == GenerationDefaults(
-        temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0
-    )
+    assert assets.generation == GenerationDefaults(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
     assert assets.eos_token_ids == [702]  # config.json's
 
 
@@ -83,9 +81,7 @@ def test_the_default_of_several_templates(folder: Path) -> None:
         ModelAssets.from_folder(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"])
 @pytest.mark.parametrize(
     "spoil", [Path.unlink, lambda file: file.write_bytes(b"{"), lambda file: file.write_bytes(b"[\xff]")]
 )

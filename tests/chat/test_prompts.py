@@ -123,9 +123,7 @@ def test_typed_special_tokens_stay_text(name: str) -> None:
     expected = encode(PRESET, harmless)
     special = [id_ for id_ in prompt.token_ids if id_ in tokenizer.special_ids]
     assert special == [id_ for id_ in expected.token_ids if id_ in tokenizer.special_ids]
-    assert [len(ranges) for ranges in prompt.image_ranges] == [
-        len(ranges) for ranges in expected.image_ranges
-    ]
+    assert [len(ranges) for ranges in prompt.image_ranges] == [len(ranges) for ranges in expected.image_ranges]
 
     picture = f"<image_id>0</image_id><image>{'<unk>' * 64}</image>"
     text = "\n".join(picture if isinstance(p, dict) else p for p in content)

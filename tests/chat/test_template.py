@@ -62,8 +62,7 @@ def test_special_tokens_and_loop_controls_are_there() -> None:
     source = "{{ eos_token }}{% for m in messages %}{{ m['content'] }}{% break %}{% endfor %}"
     template = ChatTemplate(source, {"eos_token": "<|im_end|>"})
     assert (
-        shown(render(template, Message("user", [TextPart("a")]), Message("user", [TextPart("b")])))
-        == "<|im_end|>[a]"
+        shown(render(template, Message("user", [TextPart("a")]), Message("user", [TextPart("b")]))) == "<|im_end|>[a]"
     )
 
 

@@ -56,9 +56,7 @@ def test_text_survives_whatever_it_says(text: str) -> None:
 
 
 @given(st.data(), ids, st.booleans())
-def test_detokenizer_gives_the_whole_however_cut(
-    data: st.DataObject, token_ids: list[int], skip: bool
-) -> None:
+def test_detokenizer_gives_the_whole_however_cut(data: st.DataObject, token_ids: list[int], skip: bool) -> None:
     detokenizer = Detokenizer(tiny(), skip_special_tokens=skip)
     text = "".join(map(detokenizer.push, cut(data, token_ids))) + detokenizer.flush()
     assert text == tiny().decode(token_ids, skip)
@@ -99,9 +97,7 @@ def test_special_tokens_have_text() -> None:
 
 
 def test_only_the_template_speaks_special_tokens() -> None:
-    prompt = tiny().encode_prompt(
-        [TemplateText("<image>"), UserText("<image>"), TemplateText("<ima"), UserText("ge>")]
-    )
+    prompt = tiny().encode_prompt([TemplateText("<image>"), UserText("<image>"), TemplateText("<ima"), UserText("ge>")])
     assert prompt.token_ids[0] == tiny().token_id("<image>")
     assert not tiny().special_ids & set(prompt.token_ids[1:])
     assert tiny().decode(prompt.token_ids, False) == "<image><image><image>"

@@ -33,11 +33,7 @@ def model(request: pytest.FixtureRequest) -> MiniCPMV:
 @pytest.fixture(scope="module")
 def embeddings(model: MiniCPMV) -> dict[str, list[torch.Tensor]]:
     encoder = VisionEncoder(model.vision, mean=[0.5] * 3, std=[0.5] * 3, batch_size=16)
-    return {
-        case: encoder.encode([pixels(name) for name in names])
-        for case in CASES
-        if (names := picture_names(case))
-    }
+    return {case: encoder.encode([pixels(name) for name in names]) for case in CASES if (names := picture_names(case))}
 
 
 class Engine:
@@ -83,9 +79,7 @@ class Engine:
 
     def tokens(self, *requests: Generate) -> list[list[int]]:
         """For each request, the tokens of its only sequence."""
-        return [
-            [token for chunk in answer[0] for token in chunk.token_ids] for answer in self.answer(*requests)
-        ]
+        return [[token for chunk in answer[0] for token in chunk.token_ids] for answer in self.answer(*requests)]
 
 
 def golden_ids(case: str, kind: str) -> list[int]:
@@ -100,18 +94,14 @@ def test_greedy(case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Ten
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_with_repetition_penalty(
-    case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]
-) -> None:
+def test_greedy_with_repetition_penalty(case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
     engine = Engine(model, embeddings)
     tokens = engine.tokens(engine.request(case, repetition_penalty=1.05))
     assert tokens == [golden_ids(case, "greedy_rp1.05_ids")]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ends_where_the_reference_ends(
-    case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]
-) -> None:
+def test_ends_where_the_reference_ends(case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
     engine = Engine(model, embeddings)
     [[chunks]] = engine.answer(engine.request(case, ignore_eos=False))
     tokens = [token for chunk in chunks for token in chunk.token_ids]
@@ -130,9 +120,7 @@ def test_answers_do_not_depend_on_company_or_chunks(
     policy: str, max_num_tokens: int, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]
 ) -> None:
     # 70 blocks hold about two of these sequences: some wait, and under max_utilization some are preempted.
-    engine = Engine(
-        model, embeddings, num_kv_blocks=70, max_num_tokens=max_num_tokens, scheduler_policy=policy
-    )
+    engine = Engine(model, embeddings, num_kv_blocks=70, max_num_tokens=max_num_tokens, scheduler_policy=policy)
     cases = [*CASES, "image1", "bang_text"]
     expected = [golden_ids(case, "greedy_ids") for case in cases]
     assert engine.tokens(*[engine.request(case) for case in cases]) == expected
@@ -140,9 +128,7 @@ def test_answers_do_not_depend_on_company_or_chunks(
     assert engine.tokens(*again) == expected[::-1]
 
 
-def test_preemption_happens_and_changes_nothing(
-    model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]
-) -> None:
+def test_preemption_happens_and_changes_nothing(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
     engine = Engine(
         model, embeddings, num_kv_blocks=30, block_size=4, scheduler_policy="max_utilization", max_seq_len=112
     )

@@ -29,9 +29,7 @@ PREFIXES = [
 def prompts(draw: st.DrawFn) -> tuple[list[int], list[ImageSpan]]:
     """Prompts that often begin alike, with pictures over any run of placeholders, whole or in slices."""
     prefix = draw(st.sampled_from(PREFIXES))
-    tokens = prefix[: draw(st.integers(1, len(prefix)))] + draw(
-        st.lists(st.sampled_from([1, UNK]), max_size=8)
-    )
+    tokens = prefix[: draw(st.integers(1, len(prefix)))] + draw(st.lists(st.sampled_from([1, UNK]), max_size=8))
     images: list[ImageSpan] = []
     start = 0
     while start < len(tokens):
@@ -255,9 +253,7 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
 def test_guaranteed_no_evict_admits_what_can_surely_finish() -> None:
     engine = Engine(num_blocks=5)
     engine.add(*(sequence(name, [ord(name)] * 3, max_tokens=9, ignore_eos=True) for name in "ab"))
-    assert [seq for seq, *_ in chunks(engine.step())] == [
-        "a"
-    ]  # 3 blocks each: prompt and answer less a token
+    assert [seq for seq, *_ in chunks(engine.step())] == ["a"]  # 3 blocks each: prompt and answer less a token
     engine.finish()
     assert engine.scheduler.stats().preemptions == 0
 

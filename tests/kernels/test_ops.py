@@ -59,7 +59,9 @@ def test_cross_attention_of_different_lengths(device: str) -> None:
     torch.testing.assert_close(together, torch.cat(apart))
 
 
-def paged(tokens: int, block_table: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def paged(
+    tokens: int, block_table: list[int], device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values [tokens, 2, 16], and a cache of 10 blocks of 4 that holds them at ``block_table``."""
     key, value = (torch.randn(tokens, 2, 16, device=device) for _ in range(2))
     key_cache, value_cache = (torch.randn(10, 4, 2, 16, device=device) for _ in range(2))

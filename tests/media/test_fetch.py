@@ -182,9 +182,7 @@ async def test_many_at_once(server: Server) -> None:
     assert bodies == [BODY] * 50
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "0", "[::ffff:7f00:1]"]
-)
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "0", "[::ffff:7f00:1]"])
 async def test_private_addresses_are_refused(server: Server, host: str) -> None:
     message = await refusal(server.url("/picture", host=host))
     assert "not public" in message or "cannot be resolved" in message
@@ -287,9 +285,7 @@ async def test_cookies_are_not_kept(server: Server) -> None:
     assert [request.headers["Cookie"] for request in server.requests] == [None, None]
 
 
-async def test_proxies_of_the_environment_are_not_used(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     async with fetcher(allow_private_media=True) as fetching:
         assert await fetching.fetch(server.url("/picture")) == BODY
@@ -341,9 +337,7 @@ def test_any_url_is_answered_or_refused(prefix: str, rest: str) -> None:
 
     async def fetch() -> bytes:
         settings = MediaSettings(allow_private_media=True, allowed_media_path="/nowhere")
-        fetching = MediaFetcher(
-            settings, resolver=nowhere, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        )
+        fetching = MediaFetcher(settings, resolver=nowhere, ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         try:
             return await fetching.fetch(prefix + rest)
         finally:

@@ -142,9 +142,7 @@ def test_others_are_refused_by_name(data: bytes, complaint: str) -> None:
         probe(data, max_pixels=LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(2000, 2001), (10_000, 10_000), (65_000, 65_000), (2**31 - 1, 1)]
-)
+@pytest.mark.parametrize(("width", "height"), [(2000, 2001), (10_000, 10_000), (65_000, 65_000), (2**31 - 1, 1)])
 def test_too_many_pixels_are_refused_before_decoding(width: int, height: int) -> None:
     for look in (probe, decode):
         with pytest.raises(PictureError, match="pixels"):

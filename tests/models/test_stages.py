@@ -38,9 +38,7 @@ def test_vision_features(case: str, model: MiniCPMV, encoder: VisionEncoder) -> 
     packed = torch.cat([torch.from_numpy(picture.patches) for picture in pictures])
     features = model.vision.encoder(encoder.normalize(packed), sizes)
     for index, feature in enumerate(features.split([rows * columns for rows, columns in sizes])):
-        torch.testing.assert_close(
-            feature, golden[f"vision_last_hidden_state_{index}"], atol=EMBEDS_ATOL, rtol=0
-        )
+        torch.testing.assert_close(feature, golden[f"vision_last_hidden_state_{index}"], atol=EMBEDS_ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

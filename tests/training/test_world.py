@@ -183,9 +183,7 @@ def test_held_out_questions_come_from_other_seeds() -> None:
     found = evaluate.held_out("place", "en", 6)
     assert [one.turn.category for one in found] == ["place"] * 6
     trained = [fingerprint(draw(seed, family="scene", language="en", stage=0.0)) for seed in range(6)]
-    held_out = [
-        fingerprint(draw(HELD_OUT + seed, family="scene", language="en", stage=0.0)) for seed in range(6)
-    ]
+    held_out = [fingerprint(draw(HELD_OUT + seed, family="scene", language="en", stage=0.0)) for seed in range(6)]
     assert not any(one == other for one in trained for other in held_out)
 
 

@@ -26,9 +26,7 @@ def test_every_slice_has_the_reference_s_hash(name: str, encoder: VisionEncoder)
     picture, golden = pixels(name), MANIFEST[name]
     assert [list(size) for size in picture.tgt_sizes] == golden["tgt_sizes_hw"]
     ends = np.cumsum([rows * columns for rows, columns in picture.tgt_sizes])
-    for patches, expected in zip(
-        np.split(picture.patches, ends[:-1]), golden["sha256_float32_slices"], strict=True
-    ):
+    for patches, expected in zip(np.split(picture.patches, ends[:-1]), golden["sha256_float32_slices"], strict=True):
         normalized = encoder.normalize(torch.from_numpy(patches)).numpy()
         assert hashlib.sha256(np.ascontiguousarray(unpatched(normalized)).tobytes()).hexdigest() == expected
 

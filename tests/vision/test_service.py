@@ -80,7 +80,7 @@ async def test_the_rows_are_the_encoder_s_own(bench: Bench) -> None:
     [expected] = bench.encoder.encode([pixels("image1.jpg")])
     torch.testing.assert_close(bench.arena.read(encoded.handle), expected, atol=1e-5, rtol=0)
     bench.client.release(encoded)
-    while bench.arena.num_leases:
+    while bench.arena.num_leases:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -111,7 +111,7 @@ async def test_broken_pictures_are_refused_and_the_next_one_works(bench: Bench, 
 
 
 async def test_too_many_pixels(bench: Bench) -> None:
-    with pytest.raises(PictureError, match="2000000|2,000,000"):
+    with pytest.raises(PictureError, match=r"2000000|2,000,000"):
         await bench.client.encode(png(Image.new("1", (2001, 1000))), max_slice_nums=9)
 
 
@@ -129,7 +129,7 @@ async def test_a_cancelled_request_leaves_nothing_behind(bench: Bench) -> None:
         await task
     kept = await bench.client.encode(png(Image.new("RGB", (30, 30))), max_slice_nums=9)
     bench.client.release(kept)
-    while bench.arena.num_leases:
+    while bench.arena.num_leases:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 

@@ -107,9 +107,7 @@ def canvas_size(rng: random.Random, shortest: int = 120) -> tuple[int, int]:
 
 def sliced_canvas_size(rng: random.Random) -> tuple[int, int]:
     """A size that people's pictures have and whose picture is sliced."""
-    size = rng.choice(
-        ((512, 512), (640, 480), (600, 400), (800, 600), (600, 600), (768, 576), (900, 450), (0, 0))
-    )
+    size = rng.choice(((512, 512), (640, 480), (600, 400), (800, 600), (600, 600), (768, 576), (900, 450), (0, 0)))
     if size == (0, 0):
         size = (rng.randint(450, 900), rng.randint(450, 900))
     return size if rng.random() < 0.6 else (size[1], size[0])
@@ -141,9 +139,7 @@ def _between(one: RGB, other: RGB) -> RGB:
     return (one[0] + other[0]) // 2, (one[1] + other[1]) // 2, (one[2] + other[2]) // 2
 
 
-def _plain(
-    rng: random.Random, size: tuple[int, int], colour: RGB, name: str | None, *, noise: float
-) -> Background:
+def _plain(rng: random.Random, size: tuple[int, int], colour: RGB, name: str | None, *, noise: float) -> Background:
     picture = Image.new("RGB", size, colour)
     if rng.random() < noise:
         picture = noisy(rng, picture)
@@ -242,9 +238,7 @@ def text_size(text: str, font: str, size: int) -> tuple[float, float]:
     return sum(_glyph(font, size, character)[0] for character in text), height
 
 
-def draw_text(
-    pen: ImageDraw.ImageDraw, x: float, y: float, text: str, font: str, size: int, colour: RGB
-) -> list[Mark]:
+def draw_text(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, font: str, size: int, colour: RGB) -> list[Mark]:
     """Print a string whose capitals start at (x, y), and return one mark a character (spaces have none)."""
     y -= _glyph(font, size, "H")[1][1]
     x, y = round(x), round(y)

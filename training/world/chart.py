@@ -54,17 +54,13 @@ def _size(rng: random.Random) -> tuple[int, int]:
             return width, height
 
 
-def make_chart(
-    rng: random.Random, size: tuple[int, int] | None = None
-) -> tuple[Chart, Image.Image, list[Mark]]:
+def make_chart(rng: random.Random, size: tuple[int, int] | None = None) -> tuple[Chart, Image.Image, list[Mark]]:
     """A chart with 2 to 5 bars; where names do not fit, they are shortened to what does."""
     width, height = size or _size(rng)
     ground = canvas.background(rng, (width, height), dark=rng.random() < 0.3)
     picture, pen = ground.picture, ImageDraw.Draw(ground.picture)
     readable = canvas.readable_colours(ground)
-    ink = (
-        (20, 20, 20) if min(canvas.distance(c, (0, 0, 0)) for c in ground.colours) > 300 else (245, 245, 245)
-    )
+    ink = (20, 20, 20) if min(canvas.distance(c, (0, 0, 0)) for c in ground.colours) > 300 else (245, 245, 245)
     count = rng.choices((2, 3, 4, 5), (2, 4, 4, 2))[0]
     values = rng.sample(range(3, 100), count)
     same = rng.choice(readable)
@@ -145,11 +141,7 @@ class ChartQuestions:
 
     def count(self) -> list[Turn]:
         bars = len(self.chart.bars)
-        return [
-            self.turn(
-                "bar_count", f"There are {bars} bars." if self.language == "en" else f"有{bars}个柱子。"
-            )
-        ]
+        return [self.turn("bar_count", f"There are {bars} bars." if self.language == "en" else f"有{bars}个柱子。")]
 
     def colour(self) -> list[Turn]:
         bar = self.rng.choice(self.chart.bars)

@@ -243,9 +243,7 @@ def without_picture(rng: random.Random, language: str) -> Turn:
 
 def small_talk(rng: random.Random, language: str, *, picture: bool) -> list[Turn]:
     """One turn that needs no picture, and that fits whether there is one or not."""
-    kinds = (
-        ("who", "able", "thanks", "bye", "outside") if picture else ("who", "able", "hello", "thanks", "bye")
-    )
+    kinds = ("who", "able", "thanks", "bye", "outside") if picture else ("who", "able", "hello", "thanks", "bye")
     if not picture:
         draw = rng.random()
         if draw < 0.3:

@@ -147,9 +147,7 @@ def _text(rng: random.Random, stage: float) -> Pictures:
 
 def _chart(rng: random.Random, stage: float) -> Pictures:
     large = rng.random() < 0.2 * stage
-    chart, picture, marks = make_chart(
-        rng, rng.choice(((640, 480), (800, 600), (512, 512))) if large else None
-    )
+    chart, picture, marks = make_chart(rng, rng.choice(((640, 480), (800, 600), (512, 512))) if large else None)
 
     def makers(language: str) -> Makers:
         asked = ChartQuestions(rng, chart, language)

@@ -47,9 +47,7 @@ def make_pair(rng: random.Random, size: tuple[int, int], other_size: tuple[int, 
     if rng.random() < 0.2:
         return Pair((make_scene(rng, size, text_share=0), make_scene(rng, other_size, text_share=0)), None)
     while True:
-        first = make_scene(
-            rng, size, count=rng.choices((1, 2, 3, 4), (2, 4, 4, 2))[0], distinct=True, text_share=0
-        )
+        first = make_scene(rng, size, count=rng.choices((1, 2, 3, 4), (2, 4, 4, 2))[0], distinct=True, text_share=0)
         if first.shapes:
             for _ in range(6):
                 pair = _changed(rng, first, rng.choice(CHANGES))
@@ -210,9 +208,7 @@ class PairQuestions:
     def which_more(self) -> list[Turn]:
         first, second = (len(scene.shapes) for scene in self.pair.scenes)
         if first == second:
-            answer = (
-                "Both have the same number of shapes." if self.language == "en" else "两张图的图形一样多。"
-            )
+            answer = "Both have the same number of shapes." if self.language == "en" else "两张图的图形一样多。"
         elif self.language == "en":
             answer = f"The {'first' if first > second else 'second'} picture has more shapes."
         else:
@@ -227,9 +223,7 @@ class PairQuestions:
         colour, kind = self.rng.choice(((None, shape.kind), (shape.colour, shape.kind)))
         first, second = (bool(scene.count(colour, kind)) for scene in self.scenes)
         if self.language == "en":
-            answer = (
-                "Both pictures." if first and second else f"The {'first' if first else 'second'} picture."
-            )
+            answer = "Both pictures." if first and second else f"The {'first' if first else 'second'} picture."
         else:
             answer = "两张图都有。" if first and second else f"第{'一' if first else '二'}张图。"
         name = shape_name(colour, kind, self.language)

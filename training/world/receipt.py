@@ -83,9 +83,7 @@ def widest(receipt: Receipt, font: str, points: int) -> float:
     return max(canvas.text_size(text, font, points)[0] for text in (*rows, receipt.shop))
 
 
-def receipt_picture(
-    rng: random.Random, size: tuple[int, int] | None = None
-) -> tuple[Receipt, Image.Image, list[Mark]]:
+def receipt_picture(rng: random.Random, size: tuple[int, int] | None = None) -> tuple[Receipt, Image.Image, list[Mark]]:
     """A paper that fills a picture, readable in its overview."""
     width, height = size or _size(rng)
     table = (rng.randint(60, 200), rng.randint(60, 200), rng.randint(60, 200))
@@ -128,9 +126,7 @@ def _size(rng: random.Random) -> tuple[int, int]:
 class ReceiptQuestions:
     """Makes turns about a receipt in one language."""
 
-    def __init__(
-        self, rng: random.Random, receipt: Receipt, language: str, category: str = "receipt"
-    ) -> None:
+    def __init__(self, rng: random.Random, receipt: Receipt, language: str, category: str = "receipt") -> None:
         self.rng, self.receipt, self.language, self.category = rng, receipt, language, category
 
     def turn(self, key: str, answer: str, category: str | None = None, **slots: str) -> Turn:
@@ -160,9 +156,7 @@ class ReceiptQuestions:
 
     def count(self) -> list[Turn]:
         items = len(self.receipt.items)
-        return [
-            self.turn("items", f"There are {items} items." if self.language == "en" else f"有{items}件商品。")
-        ]
+        return [self.turn("items", f"There are {items} items." if self.language == "en" else f"有{items}件商品。")]
 
     def extreme(self) -> list[Turn]:
         dearest = self.rng.random() < 0.5

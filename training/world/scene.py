@@ -77,10 +77,7 @@ def _regular(corners: int, start: float, inner: float | None = None) -> list[Poi
     count = corners if inner is None else corners * 2
     radii = [1.0 if inner is None or index % 2 == 0 else inner for index in range(count)]
     angles = [start + 2 * math.pi * index / count for index in range(count)]
-    return [
-        (radius * math.cos(angle), radius * math.sin(angle))
-        for radius, angle in zip(radii, angles, strict=True)
-    ]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
 
 
 @lru_cache(maxsize=1)
@@ -206,9 +203,7 @@ def new_shape(
     """A shape that has no position yet."""
     assert colour in colours
     outline = make_outline(rng, kind)
-    return Shape(
-        kind, colour, extent, 0.0, 0.0, make_extent(rng, extent, *size), outline, canvas.tone(rng, colour)
-    )
+    return Shape(kind, colour, extent, 0.0, 0.0, make_extent(rng, extent, *size), outline, canvas.tone(rng, colour))
 
 
 def in_reading_order(shapes: list[Shape], width: int, height: int) -> tuple[Shape, ...]:
@@ -308,9 +303,7 @@ def draw_shapes(
         polygon = [(shape.x + shape.extent * x, shape.y + shape.extent * y) for x, y in shape.outline]
         polygons = [polygon]
         if shape.kind == "ring":
-            polygons.append(
-                [(shape.x + 0.6 * (x - shape.x), shape.y + 0.6 * (y - shape.y)) for x, y in polygon]
-            )
+            polygons.append([(shape.x + 0.6 * (x - shape.x), shape.y + 0.6 * (y - shape.y)) for x, y in polygon])
         box = canvas.fill_polygons(picture, polygons, shape.rgb, smooth=smooth)
         if border is not None:
             pen = ImageDraw.Draw(picture)

@@ -115,9 +115,7 @@ class SceneQuestions:
         return f"It is {shape.colour}." if self.language == "en" else f"它是{COLOURS_ZH[shape.colour]}的。"
 
     def kind_answer(self, shape: Shape) -> str:
-        return (
-            f"It is {with_article(shape.kind)}." if self.language == "en" else f"它是{KINDS_ZH[shape.kind]}。"
-        )
+        return f"It is {with_article(shape.kind)}." if self.language == "en" else f"它是{KINDS_ZH[shape.kind]}。"
 
     def size_answer(self, shape: Shape) -> str:
         return f"It is {shape.size}." if self.language == "en" else SIZE_ANSWERS_ZH[shape.size]
@@ -246,9 +244,7 @@ class SceneQuestions:
         if not names[0] or not names[1]:
             return None
         order = SIZES.index(first.size) - SIZES.index(second.size)
-        answer = (
-            self._definite(first if order > 0 else second, "larger") if order else SAME_SIZE[self.language]
-        )
+        answer = self._definite(first if order > 0 else second, "larger") if order else SAME_SIZE[self.language]
         return [self.turn("larger", answer, "compare", one=names[0], one2=names[1])]
 
     def _definite(self, shape: Shape, what: str) -> str:
@@ -313,9 +309,7 @@ class SceneQuestions:
             colour, kind = self.missing()
         else:
             shape = self.rng.choice(self.shapes)
-            colour, kind = self.rng.choice(
-                ((None, shape.kind), (shape.colour, shape.kind), (shape.colour, None))
-            )
+            colour, kind = self.rng.choice(((None, shape.kind), (shape.colour, shape.kind), (shape.colour, None)))
         name = shape_name(colour, kind, self.language)
         if self.language == "en":
             answer = f"Yes, there is {with_article(name)}." if present else f"No, there is no {name}."

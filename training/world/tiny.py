@@ -97,12 +97,9 @@ class _Press:
         self.picture = scene.ground.picture
         self.pen = ImageDraw.Draw(self.picture)
         dark = min(canvas.distance(colour, (255, 255, 255)) for colour in scene.ground.colours) > 250
-        self.ink: tuple[int, int, int] = (
-            (255, 255, 255) if dark else rng.choice(((0, 0, 0), (30, 30, 40), (0, 0, 120)))
-        )
+        self.ink: tuple[int, int, int] = (255, 255, 255) if dark else rng.choice(((0, 0, 0), (30, 30, 40), (0, 0, 120)))
         self.taken: list[Box] = [
-            (s.x - s.half[0] - 8, s.y - s.half[1] - 8, s.x + s.half[0] + 8, s.y + s.half[1] + 8)
-            for s in scene.shapes
+            (s.x - s.half[0] - 8, s.y - s.half[1] - 8, s.x + s.half[0] + 8, s.y + s.half[1] + 8) for s in scene.shapes
         ]
         self.cells = cells(*self.size, margin=10)
         self.marks: list[Mark] = []
@@ -119,12 +116,10 @@ class _Press:
     def free(self, box: Box) -> bool:
         left, top, right, bottom = box
         inside = any(
-            left >= cell[0] and top >= cell[1] and right <= cell[2] and bottom <= cell[3]
-            for cell in self.cells
+            left >= cell[0] and top >= cell[1] and right <= cell[2] and bottom <= cell[3] for cell in self.cells
         )
         return inside and not any(
-            left < other[2] and right > other[0] and top < other[3] and bottom > other[1]
-            for other in self.taken
+            left < other[2] and right > other[0] and top < other[3] and bottom > other[1] for other in self.taken
         )
 
     def place(self, box: Box) -> int | None:

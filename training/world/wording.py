@@ -62,17 +62,11 @@ def description(scene: Scene, language: str) -> str:
     if not shapes:
         text = "There are no shapes in this picture." if english else "图中没有图形。"
     elif english:
-        parts = [
-            f"{indefinite(shape, 'en', sized=True)} {place_name(scene.place(shape), 'en')}"
-            for shape in shapes
-        ]
+        parts = [f"{indefinite(shape, 'en', sized=True)} {place_name(scene.place(shape), 'en')}" for shape in shapes]
         verb = "is" if len(shapes) == 1 else "are"
         text = f"There {verb} {counted(len(shapes), None, None, 'en')}: {joined(parts, 'en')}."
     else:
-        parts = [
-            f"{place_name(scene.place(shape), 'zh')}有{indefinite(shape, 'zh', sized=True)}"
-            for shape in shapes
-        ]
+        parts = [f"{place_name(scene.place(shape), 'zh')}有{indefinite(shape, 'zh', sized=True)}" for shape in shapes]
         text = f"图中有{len(shapes)}个图形：{'，'.join(parts)}。"
     if scene.printed:
         said = quoted(scene.printed.text, language)

@@ -109,9 +109,7 @@ def price(rng: random.Random) -> str:
 
 def date(rng: random.Random) -> str:
     year, month, day = rng.randint(1990, 2039), rng.randint(1, 12), rng.randint(1, 28)
-    return rng.choice(
-        (f"{year}-{month:02d}-{day:02d}", f"{day:02d}/{month:02d}/{year}", f"{day:02d}.{month:02d}.")
-    )
+    return rng.choice((f"{year}-{month:02d}-{day:02d}", f"{day:02d}/{month:02d}/{year}", f"{day:02d}.{month:02d}."))
 
 
 def printed(rng: random.Random, longest: int = 10) -> str:
