@@ -19,6 +19,7 @@ from foveate.vision.preprocess import preprocess
 from training.world.conversation import HELD_OUT, draw, families_at
 from training.world.records import Conversation, Mark
 
+
 @dataclass
 class Sample:
     """One conversation, tokenized. ``spans`` are (first, end, turn) of the tokens that answers predict."""
@@ -124,12 +125,12 @@ def _cells(first: np.ndarray, last: np.ndarray, count: int) -> tuple[np.ndarray,
 class World(IterableDataset):
     """An endless stream of batches of ``size`` conversations, different in every worker.
 
-    ``stage`` is the generator's; a further share ``hard`` of the conversations is about small text and two pictures.
+    ``stage`` is the generator's; ``mix`` has shares of the families, if they are not to be those of the stage.
     """
 
-    def __init__(self, model: Path, size: int, seed: int, stage: float, hard: float = 0.0) -> None:
+    def __init__(self, model: Path, size: int, seed: int, stage: float, mix: dict[str, float]) -> None:
         super().__init__()
-        self.model, self.size, self.seed, self.stage, self.hard = model, size, seed, stage, hard
+        self.model, self.size, self.seed, self.stage, self.mix = model, size, seed, stage, mix
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         torch.set_num_threads(1)
@@ -141,8 +142,8 @@ class World(IterableDataset):
             samples = []
             while len(samples) < self.size:
                 family = families_at(self.stage, seed)
-                if random.Random(f"hard {seed}").random() < self.hard:
-                    family = ("small_text", "pair")[seed // workers % 2]
+                if self.mix:
+                    family = random.Random(f"mix {seed}").choices([*self.mix], [*self.mix.values()])[0]
                 samples.append(encode(draw(seed % HELD_OUT, family=family, stage=self.stage), assets))
                 seed += workers
             yield collate(samples)

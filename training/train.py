@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,8 +26,10 @@ from foveate.models.minicpmv import MiniCPMV
 from foveate.models.resampler import sincos_positions
 from training.data import World
 from training.export import export
+from training.world.conversation import FAMILIES
 from training.world.records import NUM_LABELS
 
+READER = "reader.safetensors"
 AUX_WEIGHT = 1.0
 BACKGROUND_WEIGHT = 0.05
 
@@ -74,14 +77,23 @@ def _focus_queries(model: MiniCPMV) -> None:
     weights[size : 2 * size].copy_(selection + noise * torch.randn_like(selection))
 
 
+def _compile(model: MiniCPMV) -> None:
+    """Fuse what lies between the attentions: layers of this size spend most of their time moving activations."""
+    for layer in [*model.vision.encoder.layers, *model.language.layers]:
+        layer.before_attention = torch.compile(layer.before_attention, dynamic=True)
+        layer.after_attention = torch.compile(layer.after_attention, dynamic=True)
+
+
 class Trainer:
     """Model, optimizers and one step."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, peak: float) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, peak: float, *, compiled: bool = False) -> None:
         self.device = device
         self.model = MiniCPMV(config).to(device)
         self.reader = nn.Linear(config.vision.hidden_size, 2 * NUM_LABELS).to(device)
         initialize(self.model)
+        if compiled:
+            _compile(self.model)
         hidden = [
             p
             for n, p in self.model.named_parameters()
@@ -218,7 +230,9 @@ class Log:
             for category, flag in zip(categories, exact.tolist(), strict=True):
                 right[category].append(flag)
         seconds = time.time() - self._since
-        means = {name: sum(float(parts[name]) for parts, _, _ in self._steps) / self._every for name in self._steps[0][0]}
+        means = {
+            name: sum(float(parts[name]) for parts, _, _ in self._steps) / self._every for name in self._steps[0][0]
+        }
         line = {
             **entry,
             "conversations_per_second": round(self._seen / seconds, 1),
@@ -233,11 +247,20 @@ class Log:
         self._since, self._seen, self._waited = time.time(), 0, 0.0
 
 
+def parse_mix(text: str) -> dict[str, float]:
+    """Shares by family from ``text=3,pair=1``."""
+    pairs = [part.split("=") for part in text.split(",") if part]
+    unknown = [family for family, _ in pairs if family not in FAMILIES]
+    if unknown:
+        raise SystemExit(f"--mix: {', '.join(unknown)} is no family: {', '.join(FAMILIES)}")
+    return {family: float(share) for family, share in pairs}
+
+
 def run(args: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    trainer = Trainer(ModelConfig.from_folder(args.model), device, args.lr)
+    trainer = Trainer(ModelConfig.from_folder(args.model), device, args.lr, compiled=args.compile)
     args.output.mkdir(parents=True, exist_ok=True)
     resume = args.state / "state.pt"
     if resume.exists():
@@ -245,12 +268,16 @@ def run(args: argparse.Namespace) -> None:
         print(f"continuing after {trainer.step_count} steps")
     elif args.weights:
         trainer.model.load_state_dict(load_model(args.weights, device, torch.float32).state_dict())
+        if (reader := args.weights / READER).exists():
+            trainer.reader.load_state_dict(load_file(reader, device=str(device)))
         print(f"continuing with the weights of {args.weights}")
     first_seed = args.seed * 10_000_000 + int(args.start * 500_000_000)
-    world = World(args.model, args.batch, seed=first_seed, stage=args.stage, hard=args.hard)
+    world = World(args.model, args.batch, seed=first_seed, stage=args.stage, mix=parse_mix(args.mix))
     pinned = device.type == "cuda"
     ahead = 4 if args.workers else None
-    loader = iter(DataLoader(world, batch_size=None, num_workers=args.workers, prefetch_factor=ahead, pin_memory=pinned))
+    loader = iter(
+        DataLoader(world, batch_size=None, num_workers=args.workers, prefetch_factor=ahead, pin_memory=pinned)
+    )
     log = Log(args.output / "log.jsonl", args.every)
     while (elapsed := time.time() - started) < args.seconds:
         progress = args.start + (args.end - args.start) * elapsed / args.seconds
@@ -264,6 +291,7 @@ def run(args: argparse.Namespace) -> None:
     args.state.mkdir(parents=True, exist_ok=True)
     torch.save(trainer.state(), resume)
     export(trainer.model, args.output)
+    save_file(trainer.reader.state_dict(), args.output / READER)
     print(f"{trainer.step_count} steps, wrote {args.output}")
 
 
@@ -282,7 +310,8 @@ def main() -> None:
         "--stage", type=float, default=1.0, help="share of the hard pictures: 0 without slices, 1 all kinds"
     )
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--hard", type=float, default=0.0, help="further share of small text and of two pictures")
+    parser.add_argument("--mix", default="", help="shares of the families instead, such as text=3,small_text=2,pair=1")
+    parser.add_argument("--compile", action="store_true", help="compile what lies between the attentions")
     parser.add_argument("--weights", type=Path, help="checkpoint to begin from, without the state of a run")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=12, help="worker batches in one step")

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: what runs where nothing faster does, and what the faster ones are tested against."""
+"""Every operation in plain PyTorch: what runs where nothing faster does, and what is faster is tested against."""
 
 from __future__ import annotations
 

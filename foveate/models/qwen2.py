@@ -56,10 +56,19 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
+        query, key, value = self.before_attention(x, cos, sin)
+        return self.after_attention(x, attend(layer, query, key, value))
+
+    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[tokens, hidden] → query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]"""
         qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
         query_key, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         query, key = ops.rotary(query_key, cos, sin).split((self.heads, self.kv_heads), dim=1)
-        x = x + self.o_proj(attend(layer, query, key, value).flatten(1))
+        return query, key, value
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """[tokens, hidden] and [tokens, heads, head_dim] → [tokens, hidden]"""
+        x = x + self.o_proj(attended.flatten(1))
         return x + self.down_proj(ops.silu_mul(self.gate_up_proj(self.post_attention_layernorm(x))))
 
 

@@ -55,9 +55,16 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """[patches, hidden] → [patches, hidden], each slice of ``lengths`` patches on its own."""
-        qkv = self.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, -1, self.head_dim))
-        query, key, value = qkv.unbind(1)
-        x = x + self.out_proj(ops.varlen_attention(query, key, value, lengths, lengths).flatten(1))
+        query, key, value = self.before_attention(x)
+        return self.after_attention(x, ops.varlen_attention(query, key, value, lengths, lengths))
+
+    def before_attention(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[patches, hidden] → query, key, value [patches, heads, head_dim]"""
+        return self.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """[patches, hidden] and [patches, heads, head_dim] → [patches, hidden]"""
+        x = x + self.out_proj(attended.flatten(1))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
