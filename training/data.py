@@ -9,22 +9,42 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from foveate.chat.assets import ModelAssets
+from foveate.chat.pieces import Prompt
 from foveate.chat.template import Message, Part, PicturePart, TextPart
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.vision.preprocess import preprocess
 from training.world.conversation import HELD_OUT, draw, families_at
-from training.world.records import Conversation, Mark
+from training.world.records import Conversation, Mark, Turn
+
+APART = 0.75
+"""Share of the conversations whose questions do not see each other."""
 
 
 @dataclass
 class Sample:
-    """One conversation, tokenized. ``spans`` are (first, end, turn) of the tokens that answers predict."""
+    """One conversation, tokenized.
+
+    The pictures come once, then segments: what does not belong together must not see each other, or every second
+    question would be answered by copying an earlier answer instead of looking.
+
+    Attributes:
+        token_ids: the common beginning, then the segments.
+        positions: each token's place in its own segment, the common beginning included.
+        segments: 0 for the common beginning, then 1, 2, ...
+        spans: (first, end, turn) of the tokens of each answer.
+        image_rows: tokens that stand for rows of embeddings.
+        tgt_sizes: (rows, columns) of each slice in patches.
+        patches: uint8 [patches, 588].
+        labels: uint8 [patches, 2], what each half of each patch shows.
+        conversation: where all this comes from.
+    """
 
     token_ids: list[int]
+    positions: list[int]
+    segments: list[int]
     spans: list[tuple[int, int, int]]
     image_rows: list[int]
     tgt_sizes: list[tuple[int, int]]
@@ -33,35 +53,41 @@ class Sample:
     conversation: Conversation
 
 
-def encode(conversation: Conversation, assets: ModelAssets) -> Sample:
-    """Turn a conversation into token ids, patches and labels, exactly as the server would."""
-    settings = assets.pictures
-    plans = [
-        plan_slices(
-            *picture.size, max_slice_nums=settings.max_slice_nums,
-            scale_resolution=settings.scale_resolution, patch_size=settings.patch_size,
-        )
-        for picture in conversation.pictures
-    ]  # fmt: skip
-    messages: list[Message] = []
-    for index, turn in enumerate(conversation.turns):
-        parts: list[Part] = [PicturePart(plan) for plan in plans] if index == 0 else []
-        messages += [
-            Message("user", [*parts, TextPart(turn.question)]),
-            Message("assistant", [TextPart(turn.answer)]),
-        ]
-    prompt = assets.tokenizer.encode_prompt(assets.template.render(messages, settings, add_generation_prompt=False))
+def encode(conversation: Conversation, assets: ModelAssets, *, apart: bool) -> Sample:
+    """Turn a conversation into token ids, patches and labels, exactly as the server would.
+
+    Args:
+        conversation: pictures and turns.
+        assets: tokenizer, template, how pictures are cut.
+        apart: make a segment of every question with its follow-ups, instead of one of the whole conversation.
+    """
+    plans = [_plan(picture.size, assets) for picture in conversation.pictures]
+    units = _units(conversation.turns) if apart and plans else [conversation.turns]
+    prompts = [_prompt(unit, plans, assets) for unit in units]
+    # Everything up to the last picture's closing token is the same for all of them.
+    common = max((start + length + 1 for ranges in prompts[0].image_ranges for start, length in ranges), default=0)
+    ids = prompts[0].token_ids[:common]
+    positions, segments = list(range(common)), [0] * common
+    spans: list[tuple[int, int, int]] = []
+    for number, prompt in enumerate(prompts, start=1):
+        shift = len(ids) - common
+        found = _answer_spans(prompt.token_ids, assets)
+        spans += [(first + shift, end + shift, len(spans) + turn) for turn, (first, end) in enumerate(found)]
+        ids += prompt.token_ids[common:]
+        positions += range(common, len(prompt.token_ids))
+        segments += [number] * (len(prompt.token_ids) - common)
     pixels = [
         preprocess(picture.convert("RGB"), plan) for picture, plan in zip(conversation.pictures, plans, strict=True)
     ]
     marked = zip(conversation.marks, conversation.pictures, plans, strict=True)
     labels = [label_patches(marks, picture.size, plan) for marks, picture, plan in marked]
+    ranges = [one for each in prompts[0].image_ranges for one in each]
     return Sample(
-        token_ids=prompt.token_ids,
-        spans=_answer_spans(prompt.token_ids, assets),
-        image_rows=[
-            row for ranges in prompt.image_ranges for start, length in ranges for row in range(start, start + length)
-        ],
+        token_ids=ids,
+        positions=positions,
+        segments=segments,
+        spans=spans,
+        image_rows=[row for start, length in ranges for row in range(start, start + length)],
         tgt_sizes=[size for plan in plans for size in plan.tgt_sizes],
         patches=np.concatenate([p.patches for p in pixels]) if pixels else np.zeros((0, 588), np.uint8),
         labels=np.concatenate(labels) if labels else np.zeros((0, 2), np.uint8),
@@ -69,7 +95,38 @@ def encode(conversation: Conversation, assets: ModelAssets) -> Sample:
     )
 
 
-def _answer_spans(ids: list[int], assets: ModelAssets) -> list[tuple[int, int, int]]:
+def _plan(size: tuple[int, int], assets: ModelAssets) -> SlicePlan:
+    settings = assets.pictures
+    return plan_slices(
+        *size,
+        max_slice_nums=settings.max_slice_nums,
+        scale_resolution=settings.scale_resolution,
+        patch_size=settings.patch_size,
+    )
+
+
+def _units(turns: list[Turn]) -> list[list[Turn]]:
+    """Split turns into questions, each with the follow-ups that need it."""
+    units: list[list[Turn]] = []
+    for turn in turns:
+        if turn.category == "follow_up" and units:
+            units[-1].append(turn)
+        else:
+            units.append([turn])
+    return units
+
+
+def _prompt(turns: list[Turn], plans: list[SlicePlan], assets: ModelAssets) -> Prompt:
+    messages: list[Message] = []
+    for index, turn in enumerate(turns):
+        parts: list[Part] = [PicturePart(plan) for plan in plans] if index == 0 else []
+        messages.append(Message("user", [*parts, TextPart(turn.question)]))
+        messages.append(Message("assistant", [TextPart(turn.answer)]))
+    pieces = assets.template.render(messages, assets.pictures, add_generation_prompt=False)
+    return assets.tokenizer.encode_prompt(pieces)
+
+
+def _answer_spans(ids: list[int], assets: ModelAssets) -> list[tuple[int, int]]:
     start_id, end_id = (assets.tokenizer.token_id(token) for token in ("<|im_start|>", "<|im_end|>"))
     header = [start_id, *assets.tokenizer.encode_text("assistant\n")]
     spans = []
@@ -78,7 +135,7 @@ def _answer_spans(ids: list[int], assets: ModelAssets) -> list[tuple[int, int, i
         if ids[position : position + len(header)] == header:
             first = position + len(header)
             end = ids.index(end_id, first) + 1
-            spans.append((first, end, len(spans)))
+            spans.append((first, end))
             position = end
         else:
             position += 1
@@ -144,34 +201,43 @@ class World(IterableDataset):
                 family = families_at(self.stage, seed)
                 if self.mix:
                     family = random.Random(f"mix {seed}").choices([*self.mix], [*self.mix.values()])[0]
-                samples.append(encode(draw(seed % HELD_OUT, family=family, stage=self.stage), assets))
+                conversation = draw(seed % HELD_OUT, family=family, stage=self.stage)
+                # Some stay whole, so that real conversations are known too.
+                apart = random.Random(f"apart {seed}").random() < APART
+                samples.append(encode(conversation, assets, apart=apart))
                 seed += workers
             yield collate(samples)
 
 
 def collate(samples: list[Sample]) -> dict[str, object]:
-    """Pack samples: patches one after another, tokens padded to the longest conversation."""
-    longest = max(len(sample.token_ids) for sample in samples)
-    ids = torch.zeros(len(samples), longest, dtype=torch.int32)
-    rows: list[Tensor] = []
-    positions, targets, turns = [], [], []
+    """Pack samples: patches and tokens one after another, ``lengths`` tokens each."""
+    rows: list[int] = []
+    answering: list[int] = []
+    targets: list[int] = []
+    turns: list[int] = []
     categories: list[str] = []
-    for index, sample in enumerate(samples):
-        ids[index, : len(sample.token_ids)] = torch.tensor(sample.token_ids, dtype=torch.int32)
-        rows.append(torch.tensor(sample.image_rows, dtype=torch.int64) + index * longest)
+    before = 0
+    for sample in samples:
+        rows += [before + row for row in sample.image_rows]
         for first, end, turn in sample.spans:
-            positions += range(index * longest + first - 1, index * longest + end - 1)
+            answering += range(before + first - 1, before + end - 1)
             targets += sample.token_ids[first:end]
             turns += [len(categories)] * (end - first)
             categories.append(f"{sample.conversation.turns[turn].category}/{sample.conversation.turns[turn].language}")
+        before += len(sample.token_ids)
+    joined = {name: [value for sample in samples for value in getattr(sample, name)] for name in _TOKEN_FIELDS}
     return {
-        "ids": ids,
-        "image_rows": torch.cat(rows),
+        **{name: torch.tensor(values, dtype=torch.int32) for name, values in joined.items()},
+        "lengths": [len(sample.token_ids) for sample in samples],
+        "image_rows": torch.tensor(rows),
         "patches": torch.from_numpy(np.concatenate([sample.patches for sample in samples])),
         "labels": torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
         "tgt_sizes": [size for sample in samples for size in sample.tgt_sizes],
-        "positions": torch.tensor(positions),
+        "answering": torch.tensor(answering),
         "targets": torch.tensor(targets),
         "turns": torch.tensor(turns),
         "categories": categories,
     }
+
+
+_TOKEN_FIELDS = ("token_ids", "positions", "segments")

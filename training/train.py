@@ -8,10 +8,8 @@ the encoder to read long before the decoder knows how to ask.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -24,14 +22,16 @@ from foveate.checkpoint.load import load_model
 from foveate.models.config import ModelConfig
 from foveate.models.minicpmv import MiniCPMV
 from foveate.models.resampler import sincos_positions
+from training.attention import SegmentAttention, join
 from training.data import World
 from training.export import export
+from training.log import Log
 from training.world.conversation import FAMILIES
 from training.world.records import NUM_LABELS
 
 READER = "reader.safetensors"
 AUX_WEIGHT = 1.0
-BACKGROUND_WEIGHT = 0.05
+BACKGROUND_WEIGHT = 0.2
 
 
 def initialize(model: MiniCPMV) -> None:
@@ -110,37 +110,26 @@ class Trainer:
 
     def loss(self, batches: list[dict]) -> tuple[Tensor, dict[str, Tensor], list[str], Tensor]:
         """Answer loss and reading loss of several batches together, and which turns would be answered exactly."""
+        batch = join(batches, self.device)
+        sizes = batch["tgt_sizes"]
         language = self.model.language
-        sizes = [size for batch in batches for size in batch["tgt_sizes"]]
-        patches = torch.cat([batch["patches"].to(self.device, non_blocking=True) for batch in batches])
-        labels = torch.cat([batch["labels"].to(self.device, non_blocking=True) for batch in batches])
-        pixels = patches.to(torch.bfloat16) / 127.5 - 1.0
-        features = self.model.vision.encoder(pixels, sizes)
-        embeddings = self.model.vision.resampler(features, sizes).flatten(0, 1)
-        reading = self._reading_loss(features, labels)
-        widest = max(batch["ids"].shape[1] for batch in batches)
-        ids = torch.cat([F.pad(batch["ids"], (0, widest - batch["ids"].shape[1])) for batch in batches])
-        rows, positions, targets, turns, categories = self._places(batches, widest)
-        x = language.embed_tokens(ids.to(self.device, non_blocking=True).long()).flatten(0, 1)
-        x = x.index_copy(0, rows.to(self.device, non_blocking=True), embeddings.to(x.dtype))
-        count = len(ids)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(0, (count, widest)).transpose(1, 2) for t in (query, key, value))
-            return (
-                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1)
-            )
-
-        places = torch.arange(widest, device=self.device).repeat(count)
-        hidden = language(x, places, attend)[positions.to(self.device, non_blocking=True)]
-        logits = language.logits(hidden)
-        targets, turns = targets.to(self.device, non_blocking=True), turns.to(self.device, non_blocking=True)
-        answering = F.cross_entropy(logits, targets)
+        x = language.embed_tokens(batch["token_ids"].long())
+        reading = x.new_zeros(())
+        if sizes:
+            pixels = batch["patches"].to(torch.bfloat16) / 127.5 - 1.0
+            features = self.model.vision.encoder(pixels, sizes)
+            embeddings = self.model.vision.resampler(features, sizes).flatten(0, 1)
+            reading = self._reading_loss(features, batch["labels"])
+            x = x.index_copy(0, batch["image_rows"], embeddings.to(x.dtype))
+        attend = SegmentAttention(batch["lengths"], batch["segments"], batch["positions"])
+        hidden = language(x, batch["positions"].long(), attend)
+        logits = language.logits(hidden[batch["answering"]])
+        answering = F.cross_entropy(logits, batch["targets"])
         with torch.no_grad():
-            wrong = (logits.argmax(-1) != targets).float()
-            exact = torch.zeros(len(categories), device=self.device).index_add_(0, turns, wrong) == 0
+            wrong = (logits.argmax(-1) != batch["targets"]).float()
+            exact = wrong.new_zeros(len(batch["categories"])).index_add_(0, batch["turns"], wrong) == 0
         parts = {"answer": answering.detach(), "reading": reading.detach()}
-        return answering + self.aux_weight * reading, parts, categories, exact
+        return answering + self.aux_weight * reading, parts, batch["categories"], exact
 
     aux_weight = AUX_WEIGHT
 
@@ -149,29 +138,9 @@ class Trainer:
         kept = (labels != 0).any(1) | (torch.rand(len(labels), device=self.device) < 1 / 16)
         index = kept.nonzero().squeeze(1)
         scores = self.reader(features[index]).unflatten(-1, (2, NUM_LABELS)).flatten(0, 1).float()
-        return F.cross_entropy(scores, labels[index].flatten().long(), weight=self._label_weights)
-
-    @property
-    def _label_weights(self) -> Tensor:
         weights = torch.ones(NUM_LABELS, device=self.device)
-        weights[0] = BACKGROUND_WEIGHT * 4
-        return weights
-
-    @staticmethod
-    def _places(batches: list[dict], widest: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-        """Renumber each batch's rows for the common width and the batches before it."""
-        rows, positions, turns, categories = [], [], [], []
-        before = 0
-        for batch in batches:
-            width = batch["ids"].shape[1]
-            for name, out in (("image_rows", rows), ("positions", positions)):
-                flat = batch[name]
-                out.append((flat // width + before) * widest + flat % width)
-            turns.append(batch["turns"] + len(categories))
-            categories += batch["categories"]
-            before += len(batch["ids"])
-        targets = torch.cat([batch["targets"] for batch in batches])
-        return torch.cat(rows), torch.cat(positions), targets, torch.cat(turns), categories
+        weights[0] = BACKGROUND_WEIGHT
+        return F.cross_entropy(scores, labels[index].flatten().long(), weight=weights)
 
     def step(self, batches: list[dict], scale: float) -> tuple[dict[str, Tensor], list[str], Tensor]:
         """One update at ``scale`` times the peak learning rate."""
@@ -203,48 +172,6 @@ class Trainer:
 def scale_at(progress: float, steps: int) -> float:
     """Warm up over 200 steps, hold, then fall to nothing over the last 45 % of the time."""
     return min(1.0, (steps + 1) / 200) * min(1.0, max(0.0, (1.0 - progress) / 0.45))
-
-
-class Log:
-    """Collects what steps say, and writes a line of it now and then."""
-
-    def __init__(self, path: Path, every: int) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._every = every
-        self._steps: list[tuple[dict[str, Tensor], list[str], Tensor]] = []
-        self._since = time.time()
-        self._seen = 0
-        self._waited = 0.0
-
-    def add(self, parts: dict[str, Tensor], categories: list[str], exact: Tensor, seen: int, waited: float) -> bool:
-        """Take in a step; say whether a line is due."""
-        self._steps.append((parts, categories, exact))
-        self._seen += seen
-        self._waited += waited
-        return len(self._steps) == self._every
-
-    def write(self, **entry: float) -> None:
-        """Write means of the losses, the share of turns answered exactly, and the speed since the last line."""
-        right: dict[str, list[float]] = defaultdict(list)
-        for _, categories, exact in self._steps:
-            for category, flag in zip(categories, exact.tolist(), strict=True):
-                right[category].append(flag)
-        seconds = time.time() - self._since
-        means = {
-            name: sum(float(parts[name]) for parts, _, _ in self._steps) / self._every for name in self._steps[0][0]
-        }
-        line = {
-            **entry,
-            "conversations_per_second": round(self._seen / seconds, 1),
-            "waiting_for_data": round(self._waited / seconds, 2),
-            **{name: round(mean, 4) for name, mean in means.items()},
-            "exact": {name: round(sum(flags) / len(flags), 3) for name, flags in sorted(right.items())},
-        }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        print(json.dumps(line), flush=True)
-        self._steps.clear()
-        self._since, self._seen, self._waited = time.time(), 0, 0.0
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -286,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
         batches = [next(loader) for _ in range(args.accumulate)]
         waited = time.time() - asked
         parts, categories, exact = trainer.step(batches, scale_at(progress, trainer.step_count))
-        if log.add(parts, categories, exact, sum(len(batch["ids"]) for batch in batches), waited):
+        if log.add(parts, categories, exact, sum(len(batch["lengths"]) for batch in batches), waited):
             log.write(step=trainer.step_count, progress=round(progress, 4), seconds=round(elapsed, 1))
     args.state.mkdir(parents=True, exist_ok=True)
     torch.save(trainer.state(), resume)
