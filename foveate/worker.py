@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 import zmq
+from rich.console import Console
+from rich.progress import Progress
 
 from foveate.chat.assets import ModelAssets
 from foveate.checkpoint.load import dummy_model, load_model
@@ -100,7 +102,12 @@ def build(settings: Settings) -> tuple[EngineCore, VisionService]:
 def _load(settings: Settings, folder: Path, device: torch.device, dtype: torch.dtype) -> MiniCPMV:
     if settings.model.load_format == "dummy":
         return dummy_model(ModelConfig.from_folder(folder), device, dtype)
-    return load_model(folder, device, dtype)
+    # Shown where somebody is looking, and only while there is something to wait for.
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"Loading {folder.name}", total=None)
+        return load_model(
+            folder, device, dtype, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
 
 
 def _decode_threads(model: MiniCPMV) -> int:

@@ -48,15 +48,15 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, *flags: str, model: Path = TINY_MODEL) -> Iterator[RunningServer]:
+def running_server(folder: Path, *flags: str, model: Path | None = TINY_MODEL) -> Iterator[RunningServer]:
     """Start ``foveate serve``, wait until it is ready, and see to it that it and all its children end.
 
     Args:
         folder: where it runs and its log goes.
         flags: further flags of the command.
-        model: the checkpoint.
+        model: the checkpoint; None for the built-in one.
     """
-    command = [sys.executable, "-m", "foveate.cli", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "foveate.cli", "serve", *([str(model)] if model else []), "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     log = folder / "server.log"
     with log.open("wb") as output:
@@ -70,7 +70,7 @@ def running_server(folder: Path, *flags: str, model: Path = TINY_MODEL) -> Itera
     family: list[psutil.Process] = []
     try:
         url = _wait_until_ready(process, log)
-        yield RunningServer(url, model.name, process.pid, log)
+        yield RunningServer(url, model.name if model else "foveate-demo", process.pid, log)
         assert process.poll() is None, f"the server ended by itself:\n{log.read_text(errors='replace')}"
         family = psutil.Process(process.pid).children(recursive=True)
     finally:

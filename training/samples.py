@@ -16,7 +16,7 @@ SAMPLES = (
     ("sign.png", "text", 5_000_001),
     ("chart.png", "chart", 5_000_005),
     ("receipt.png", "receipt", 5_000_002),
-    ("small-print.png", "small_text", 5_000_004),
+    ("small-print.png", "small_text", 5_000_005),
     ("before.png+after.png", "pair", 5_000_006),
 )
 

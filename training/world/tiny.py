@@ -104,14 +104,16 @@ class _Press:
         self.cells = cells(*self.size, margin=10)
         self.marks: list[Mark] = []
 
-    def font(self) -> tuple[str, int, float]:
-        """A clear font, its size and its real cap height, within the range."""
-        while True:
-            font = self.rng.choice(canvas.CLEAR_FONTS)
-            points = canvas.font_size(font, self.rng.uniform(*self.limits))
-            cap = canvas.cap_height(font, points)
-            if self.limits[0] <= cap <= self.limits[1]:
-                return font, points, cap
+    def font(self) -> tuple[str, int, float] | None:
+        """A clear font, its size and its real cap height, within the range; None if no font has such a size."""
+        low, high = self.limits
+        fitting = [
+            (font, points, cap)
+            for font in canvas.CLEAR_FONTS
+            for points in range(canvas.font_size(font, low) - 1, canvas.font_size(font, high) + 2)
+            if low <= (cap := canvas.cap_height(font, points)) <= high
+        ]
+        return self.rng.choice(fitting) if fitting else None
 
     def free(self, box: Box) -> bool:
         left, top, right, bottom = box
@@ -155,7 +157,9 @@ class _Press:
 
     def print(self) -> Print | None:
         """Print one string if there is room."""
-        font, points, cap = self.font()
+        if (face := self.font()) is None:
+            return None
+        font, points, cap = face
         text = words.unguessable(self.rng)
         wide, high = canvas.text_size(text, font, points)
         for beside, x, y in self.candidates(wide, high):
@@ -171,8 +175,10 @@ class _Press:
 
     def receipt(self) -> Receipt | None:
         """Print a whole receipt into one slice, if there is room."""
+        if (face := self.font()) is None:
+            return None
+        font, points, cap = face
         receipt = make_receipt(self.rng, 4)
-        font, points, cap = self.font()
         step = cap * self.rng.uniform(2.0, 2.6)
         wide = widest(receipt, font, points) * self.rng.uniform(1.05, 1.3)
         high = step * height_in_steps(receipt)
