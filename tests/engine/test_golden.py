@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from golden_data import CASES, TINY, picture_names, pixels, tensors
@@ -168,6 +169,23 @@ def test_another_picture_is_no_hit(model: MiniCPMV, embeddings: dict[str, list[t
     [[chunks]] = engine.answer(flipped)
     assert chunks[-1].num_cached_tokens < slot.ranges[0][0]
     assert [token for chunk in chunks for token in chunk.token_ids] != golden_ids("image1", "greedy_ids")
+
+
+def test_a_prompt_of_one_token_behind_a_long_one(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
+    # The runner puts it first, as a decode: its token must still come back as its own.
+    engine = Engine(model, embeddings)
+
+    def short() -> Generate:
+        return msgspec.structs.replace(engine.request("text_only"), prompt_token_ids=[5])
+
+    [alone] = engine.tokens(short())
+    long = golden_ids("text_only", "greedy_ids")
+    assert alone != long
+    assert engine.tokens(engine.request("text_only"), short(), engine.request("bang_text")) == [
+        long,
+        alone,
+        golden_ids("bang_text", "greedy_ids"),
+    ]
 
 
 def test_n_sequences_share_their_prompt(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:

@@ -116,6 +116,13 @@ def test_penalties_touch_generated_tokens_only() -> None:
     assert state.counts.nonzero().flatten().tolist() == [1, 10, 11]
 
 
+def test_the_frequency_penalty_counts() -> None:
+    seq = sequence(temperature=0.0, frequency_penalty=1.0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 10], logits[0, 11], logits[0, 12] = 4.0, 3.5, 2.2
+    assert [sample(logits.clone(), [seq]).token_ids[0] for _ in range(5)] == [10, 11, 10, 11, 12]
+
+
 def test_negative_scores_are_multiplied_by_the_penalty() -> None:
     seq = sequence(temperature=0.0, repetition_penalty=2.0)
     logits = torch.full((1, VOCAB), -10.0)
