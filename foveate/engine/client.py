@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator
-
-import msgspec
-import zmq
-import zmq.asyncio
 
 from foveate.engine.messages import (
     Abort,
@@ -18,11 +13,11 @@ from foveate.engine.messages import (
     GetStats,
     Ready,
     Reply,
-    Request,
     Stats,
     Step,
 )
 from foveate.errors import EngineError, FoveateError, Unavailable, from_wire
+from foveate.transport.channel import Channel
 
 _RETRY_SECONDS = 2.0
 
@@ -38,34 +33,20 @@ class EngineClient:
     """
 
     def __init__(self, address: str) -> None:
-        self.address = address
         self.ready: Ready | None = None
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._channel: Channel[Reply] = Channel(address, Reply, self._dispatch)
         self._arrived = asyncio.Event()
         self._waiting: dict[str, asyncio.Queue[Chunk | FoveateError]] = {}
         self._stats: list[asyncio.Future[Stats]] = []
 
     async def start(self) -> None:
         """Listen for the engine."""
-        self._socket = self._context.socket(zmq.DEALER)
-        # Without a limit on either side: how much may be on its way is decided by the engine's bounded queue.
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self.address)
-        self._reader = asyncio.create_task(self._read(), name="engine-client")
+        await self._channel.start()
 
     async def close(self) -> None:
         """Stop listening; whoever still waits gets an error."""
         self.disconnected("the server is shutting down")
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-        if self._socket is not None:
-            self._socket.close()
-        self._context.term()
+        await self._channel.close()
 
     async def wait_ready(self) -> Ready:
         """Wait until an engine is there."""
@@ -97,7 +78,7 @@ class EngineClient:
         # By index, since a sequence that was aborted can end twice: here, and by a token that was on its way.
         unfinished = set(range(request.n))
         try:
-            await self._send(request)
+            self._send(request)
             while unfinished:
                 item = await queue.get()
                 if isinstance(item, FoveateError):
@@ -111,11 +92,11 @@ class EngineClient:
         finally:
             del self._waiting[request.request_id]
             if unfinished:
-                self._send_now(Abort(request.request_id))
+                self._tell(Abort(request.request_id))
 
     def abort(self, request_id: str, index: int) -> None:
         """End one sequence of a request whose iterator goes on: its last chunk says ``stop``."""
-        self._send_now(Abort(request_id, index))
+        self._tell(Abort(request_id, index))
         queue = self._waiting.get(request_id)
         if queue is not None:
             queue.put_nowait(Chunk(request_id=request_id, index=index, token_ids=[], finish_reason="stop"))
@@ -127,26 +108,19 @@ class EngineClient:
             Unavailable: there is no engine.
         """
         future: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        await self._send(GetStats())
+        self._send(GetStats())
         self._stats.append(future)
         return await future
 
-    async def _send(self, request: Request) -> None:
-        if self.ready is None or self._socket is None:
+    def _send(self, request: Generate | GetStats) -> None:
+        if self.ready is None:
             raise Unavailable("the engine is not ready", retry_after=_RETRY_SECONDS)
-        await self._socket.send(msgspec.msgpack.encode(request))
+        self._channel.send(request)
 
-    def _send_now(self, request: Request) -> None:
-        """Send from where nothing may be awaited; an engine that is gone needs no telling."""
-        if self.ready is not None and self._socket is not None:
-            # The socket has no high-water mark, so this future is done at once.
-            self._socket.send(msgspec.msgpack.encode(request), flags=zmq.NOBLOCK)
-
-    async def _read(self) -> None:
-        assert self._socket is not None
-        decoder = msgspec.msgpack.Decoder(Reply)
-        while True:
-            self._dispatch(decoder.decode(await self._socket.recv()))
+    def _tell(self, request: Abort) -> None:
+        """Send what an engine that is gone needs not know."""
+        if self.ready is not None:
+            self._channel.send(request)
 
     def _dispatch(self, reply: Reply) -> None:
         match reply:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 
-import msgspec
-import zmq
-import zmq.asyncio
-
 from foveate.errors import FoveateError, Unavailable, from_wire
-from foveate.vision.messages import Cancel, Encode, Encoded, EncodeFailed, VisionReply, VisionRequest
+from foveate.transport.channel import Channel
+from foveate.vision.messages import Cancel, Encode, Encoded, EncodeFailed, VisionReply
 
 
 class VisionClient:
@@ -22,31 +18,18 @@ class VisionClient:
     """
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._reader: asyncio.Task[None] | None = None
+        self._channel: Channel[VisionReply] = Channel(address, VisionReply, self._dispatch)
         self._numbers = itertools.count(1)
         self._waiting: dict[str, asyncio.Future[Encoded]] = {}
 
     async def start(self) -> None:
         """Listen for the encoder."""
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self.address)
-        self._reader = asyncio.create_task(self._read(), name="vision-client")
+        await self._channel.start()
 
     async def close(self) -> None:
         """Stop listening; whoever still waits gets an error."""
         self.disconnected("the server is shutting down")
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-        if self._socket is not None:
-            self._socket.close()
-        self._context.term()
+        await self._channel.close()
 
     def disconnected(self, reason: str) -> None:
         """Give up on an encoder that has died: everything that waits for it ends with an error."""
@@ -68,41 +51,27 @@ class VisionClient:
         future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = future
         try:
-            await self._send(Encode(request_id=request_id, data=data, max_slice_nums=max_slice_nums))
+            self._channel.send(Encode(request_id=request_id, data=data, max_slice_nums=max_slice_nums))
             return await future
         except asyncio.CancelledError:
-            self._send_now(Cancel(request_id))
+            self._channel.send(Cancel(request_id))
             raise
         finally:
             del self._waiting[request_id]
 
     def release(self, encoded: Encoded) -> None:
         """Give back a handle that the engine was never told of."""
-        self._send_now(Cancel(encoded.request_id))
+        self._channel.send(Cancel(encoded.request_id))
 
-    async def _send(self, request: VisionRequest) -> None:
-        if self._socket is None:
-            raise Unavailable("the vision encoder is not there", retry_after=2)
-        await self._socket.send(msgspec.msgpack.encode(request))
-
-    def _send_now(self, request: VisionRequest) -> None:
-        if self._socket is not None:
-            # The socket has no high-water mark, so this future is done at once.
-            self._socket.send(msgspec.msgpack.encode(request), flags=zmq.NOBLOCK)
-
-    async def _read(self) -> None:
-        assert self._socket is not None
-        decoder = msgspec.msgpack.Decoder(VisionReply)
-        while True:
-            reply = decoder.decode(await self._socket.recv())
-            future = self._waiting.get(reply.request_id)
-            if future is None or future.done():
-                if isinstance(reply, Encoded):
-                    self.release(reply)
-            elif isinstance(reply, Encoded):
-                future.set_result(reply)
-            else:
-                future.set_exception(_error(reply))
+    def _dispatch(self, reply: VisionReply) -> None:
+        future = self._waiting.get(reply.request_id)
+        if future is None or future.done():
+            if isinstance(reply, Encoded):
+                self.release(reply)
+        elif isinstance(reply, Encoded):
+            future.set_result(reply)
+        else:
+            future.set_exception(_error(reply))
 
 
 def _error(reply: EncodeFailed) -> FoveateError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,24 +41,38 @@ def encoder() -> VisionEncoder:
 
 
 @pytest.fixture
-async def bench(encoder: VisionEncoder, tmp_path: Path) -> AsyncIterator[Bench]:
-    address = f"ipc://{tmp_path}/v.ipc"
-    client = VisionClient(address)
-    await client.start()
-    arena = LocalArena("test")
+async def client(tmp_path: Path) -> AsyncIterator[VisionClient]:
+    made = VisionClient(f"ipc://{tmp_path}/v.ipc")
+    await made.start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def arena() -> LocalArena:
+    return LocalArena("test")
+
+
+@pytest.fixture
+def start_service(encoder: VisionEncoder, arena: LocalArena, tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """A function that starts the service, which ends with the test."""
     settings = Settings(media=MediaSettings(max_image_pixels=2_000_000), vision=VisionSettings(preprocess_threads=2))
     service = VisionService(encoder, arena, ModelAssets.from_folder(TINY).pictures, settings, "tiny")
     context = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.connect(address)
-    stopped = threading.Thread(target=_serve, args=(service, socket), daemon=True)
-    stopped.start()
-    yield Bench(client, arena, encoder)
-    await client.close()
+    threads: list[threading.Thread] = []
+
+    def start() -> None:
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{tmp_path}/v.ipc")
+        threads.append(threading.Thread(target=_serve, args=(service, socket), daemon=True))
+        threads[-1].start()
+
+    yield start
     context.destroy(linger=0)
-    stopped.join(10)
-    assert not stopped.is_alive()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def _serve(service: VisionService, socket: zmq.Socket[bytes]) -> None:
@@ -66,6 +80,22 @@ def _serve(service: VisionService, socket: zmq.Socket[bytes]) -> None:
         service.serve(socket)
     except zmq.ZMQError:  # Its socket was taken away: the test is over.
         return
+
+
+@pytest.fixture
+def bench(client: VisionClient, arena: LocalArena, encoder: VisionEncoder, start_service: Callable[[], None]) -> Bench:
+    start_service()
+    return Bench(client, arena, encoder)
+
+
+async def test_what_is_sent_to_nobody_waits_for_the_next_encoder(
+    client: VisionClient, start_service: Callable[[], None]
+) -> None:
+    waiting = asyncio.create_task(client.encode(IMAGE1, max_slice_nums=1))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    start_service()
+    assert (await waiting).handle.num_tokens == 64
 
 
 def png(picture: Image.Image) -> bytes:
