@@ -19,6 +19,8 @@ from foveate.vision.preprocess import preprocess
 from training.world.conversation import HELD_OUT, draw, families_at
 from training.world.records import Conversation, Mark, Turn
 
+CELLS = 4
+"""Columns of a patch that are labelled each: the smallest print has two characters in a patch, and more."""
 APART = 0.75
 """Share of the conversations whose questions do not see each other."""
 
@@ -38,7 +40,7 @@ class Sample:
         image_rows: tokens that stand for rows of embeddings.
         tgt_sizes: (rows, columns) of each slice in patches.
         patches: uint8 [patches, 588].
-        labels: uint8 [patches, 2], what each half of each patch shows.
+        labels: uint8 [patches, CELLS], what each column of each patch shows.
         conversation: where all this comes from.
     """
 
@@ -90,7 +92,7 @@ def encode(conversation: Conversation, assets: ModelAssets, *, apart: bool) -> S
         image_rows=[row for start, length in ranges for row in range(start, start + length)],
         tgt_sizes=[size for plan in plans for size in plan.tgt_sizes],
         patches=np.concatenate([p.patches for p in pixels]) if pixels else np.zeros((0, 588), np.uint8),
-        labels=np.concatenate(labels) if labels else np.zeros((0, 2), np.uint8),
+        labels=np.concatenate(labels) if labels else np.zeros((0, CELLS), np.uint8),
         conversation=conversation,
     )
 
@@ -143,7 +145,7 @@ def _answer_spans(ids: list[int], assets: ModelAssets) -> list[tuple[int, int]]:
 
 
 def label_patches(marks: list[Mark], size: tuple[int, int], plan: SlicePlan) -> np.ndarray:
-    """Say what each half (left, right) of each patch shows: uint8 [patches, 2], 0 where there is nothing."""
+    """Say what each of ``CELLS`` columns of each patch shows: uint8 [patches, CELLS], 0 where there is nothing."""
     width, height = size
     boxes = np.array([mark.box for mark in marks], np.float64).reshape(-1, 4)
     names = [mark.label for mark in marks]
@@ -154,11 +156,11 @@ def label_patches(marks: list[Mark], size: tuple[int, int], plan: SlicePlan) -> 
                   for r in range(rows) for c in range(columns)]  # fmt: skip
     grids = []
     for left, top, across, down, (patch_rows, patch_columns) in views:
-        grid = np.zeros((patch_rows, patch_columns * 2), np.uint8)
+        grid = np.zeros((patch_rows, patch_columns * CELLS), np.uint8)
         c0, c1 = _cells(
             (boxes[:, 0] - left * width) / (width * across),
             (boxes[:, 2] - left * width) / (width * across),
-            patch_columns * 2,
+            patch_columns * CELLS,
         )
         r0, r1 = _cells(
             (boxes[:, 1] - top * height) / (height * down),
@@ -167,7 +169,7 @@ def label_patches(marks: list[Mark], size: tuple[int, int], plan: SlicePlan) -> 
         )
         for index in np.flatnonzero((c1 > c0) & (r1 > r0)):
             grid[r0[index] : r1[index], c0[index] : c1[index]] = names[index]
-        grids.append(grid.reshape(-1, 2))
+        grids.append(grid.reshape(-1, CELLS))
     return np.concatenate(grids)
 
 

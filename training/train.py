@@ -23,7 +23,7 @@ from foveate.models.config import ModelConfig
 from foveate.models.minicpmv import MiniCPMV
 from foveate.models.resampler import sincos_positions
 from training.attention import SegmentAttention, join
-from training.data import World
+from training.data import CELLS, World
 from training.export import export
 from training.log import Log
 from training.world.conversation import FAMILIES
@@ -90,7 +90,7 @@ class Trainer:
     def __init__(self, config: ModelConfig, device: torch.device, peak: float, *, compiled: bool = False) -> None:
         self.device = device
         self.model = MiniCPMV(config).to(device)
-        self.reader = nn.Linear(config.vision.hidden_size, 2 * NUM_LABELS).to(device)
+        self.reader = nn.Linear(config.vision.hidden_size, CELLS * NUM_LABELS).to(device)
         initialize(self.model)
         if compiled:
             _compile(self.model)
@@ -137,7 +137,7 @@ class Trainer:
         # All that is marked, and one background patch in sixteen: the background would outweigh everything.
         kept = (labels != 0).any(1) | (torch.rand(len(labels), device=self.device) < 1 / 16)
         index = kept.nonzero().squeeze(1)
-        scores = self.reader(features[index]).unflatten(-1, (2, NUM_LABELS)).flatten(0, 1).float()
+        scores = self.reader(features[index]).unflatten(-1, (CELLS, NUM_LABELS)).flatten(0, 1).float()
         weights = torch.ones(NUM_LABELS, device=self.device)
         weights[0] = BACKGROUND_WEIGHT
         return F.cross_entropy(scores, labels[index].flatten().long(), weight=weights)
