@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,36 +35,52 @@ class SegmentAttention:
 
     def __init__(self, lengths: list[int], segments: Tensor, positions: Tensor) -> None:
         device = segments.device
-        total = sum(lengths)
         starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         size = -(-len(order) // GROUPS)
-        segments = F.pad(segments, (0, 1), value=-1)
-        positions = F.pad(positions, (0, 1))
-        self._groups: list[tuple[Tensor, Tensor]] = []
-        tokens = []
+        self._groups: list[_Group] = []
         for chosen in (order[first : first + size] for first in range(0, len(order), size)):
             own = torch.tensor([lengths[index] for index in chosen])[:, None]
             # The fused kernels want rows of the mask to be multiples of 16 bytes.
             columns = torch.arange(-(-int(own.max()) // 8) * 8)
-            index = torch.where(columns < own, starts[chosen][:, None] + columns, total).to(device)
-            segment, position = segments[index], positions[index]
+            inside = columns < own
+            tokens = (starts[chosen][:, None] + columns)[inside].to(device)
+            slots = inside.flatten().nonzero().squeeze(1).to(device)
+            shape = (len(chosen), len(columns))
+            segment = _padded(segments, tokens, slots, shape, -1)
+            position = _padded(positions, tokens, slots, shape, 0)
             seen = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
             seen &= position[:, None, :] <= position[:, :, None]
             # A row of padding sees the other padding: a row that sees nothing would be NaN.
-            self._groups.append((index, torch.where(seen, 0.0, -torch.inf).to(torch.bfloat16)[:, None]))
-            tokens.append(index[index != total])
-        self._inverse = torch.cat(tokens).argsort()
-        self._total = total
+            mask = torch.where(seen, 0.0, -torch.inf).to(torch.bfloat16)[:, None]
+            self._groups.append(_Group(tokens, slots, shape, mask))
+        self._inverse = torch.cat([group.tokens for group in self._groups]).argsort()
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[tokens, heads, head_dim], in the order of the tokens."""
         repeats = query.shape[1] // key.shape[1]
-        padded = [F.pad(tensor, (0, 0, 0, 0, 0, 1)) for tensor in (query, key, value)]
         outputs = []
-        for index, mask in self._groups:
-            q, k, v = (tensor[index].transpose(1, 2) for tensor in padded)
+        for group in self._groups:
+            q, k, v = (
+                _padded(tensor, group.tokens, group.slots, group.shape, 0).transpose(1, 2)
+                for tensor in (query, key, value)
+            )
             k, v = (tensor.repeat_interleave(repeats, 1) for tensor in (k, v))
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)).transpose(1, 2)
-            outputs.append(attended[index != self._total])
-        return torch.cat(outputs)[self._inverse]
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask.to(q.dtype)).transpose(1, 2)
+            outputs.append(attended.flatten(0, 1).index_select(0, group.slots))
+        return torch.cat(outputs).index_select(0, self._inverse)
+
+
+class _Group(NamedTuple):
+    """Conversations of similar length: which tokens, where each goes in [conversations, longest], who sees whom."""
+
+    tokens: Tensor
+    slots: Tensor
+    shape: tuple[int, int]
+    mask: Tensor
+
+
+def _padded(tensor: Tensor, tokens: Tensor, slots: Tensor, shape: tuple[int, int], filler: int) -> Tensor:
+    # Every index is there once, so that the gradients are copies too: repeated ones would be summed one by one.
+    flat = tensor.new_full((shape[0] * shape[1], *tensor.shape[1:]), filler)
+    return flat.index_copy(0, slots, tensor.index_select(0, tokens)).unflatten(0, shape)

@@ -123,7 +123,7 @@ class Trainer:
             x = x.index_copy(0, batch["image_rows"], embeddings.to(x.dtype))
         attend = SegmentAttention(batch["lengths"], batch["segments"], batch["positions"])
         hidden = language(x, batch["positions"].long(), attend)
-        logits = language.logits(hidden[batch["answering"]])
+        logits = language.logits(hidden.index_select(0, batch["answering"]))
         answering = F.cross_entropy(logits, batch["targets"])
         with torch.no_grad():
             wrong = (logits.argmax(-1) != batch["targets"]).float()
@@ -137,10 +137,10 @@ class Trainer:
         # All that is marked, and one background patch in sixteen: the background would outweigh everything.
         kept = (labels != 0).any(1) | (torch.rand(len(labels), device=self.device) < 1 / 16)
         index = kept.nonzero().squeeze(1)
-        scores = self.reader(features[index]).unflatten(-1, (CELLS, NUM_LABELS)).flatten(0, 1).float()
+        scores = self.reader(features.index_select(0, index)).unflatten(-1, (CELLS, NUM_LABELS)).flatten(0, 1).float()
         weights = torch.ones(NUM_LABELS, device=self.device)
         weights[0] = BACKGROUND_WEIGHT
-        return F.cross_entropy(scores, labels[index].flatten().long(), weight=weights)
+        return F.cross_entropy(scores, labels.index_select(0, index).flatten().long(), weight=weights)
 
     def step(self, batches: list[dict], scale: float) -> tuple[dict[str, Tensor], list[str], Tensor]:
         """One update at ``scale`` times the peak learning rate."""
