@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import openai
 import pytest
 from serving import RunningServer, running_server
+
+Eventually = Callable[[Callable[[], bool]], None]
 
 KEY = "correct horse"
 BODY = {"model": "model", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -95,7 +97,7 @@ def test_a_web_page_may_not_ask(http: httpx.Client) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-def test_request_ids(http: httpx.Client, server: RunningServer) -> None:
+def test_request_ids(http: httpx.Client, server: RunningServer, eventually: Eventually) -> None:
     sane = http.get("/health", headers={"x-request-id": "trace-1.a:b"})
     assert sane.headers["x-request-id"] == "trace-1.a:b"
     for odd in ("a b", "x" * 129, "\u00e9", 'a"b', ""):
@@ -103,7 +105,8 @@ def test_request_ids(http: httpx.Client, server: RunningServer) -> None:
         assert len(made) == 32
     refused = http.post(PATH, json={}, headers={"x-request-id": "trace-2"})
     assert refused.headers["x-request-id"] == "trace-2"
-    assert "[trace-2]" in server.log.read_text()
+    # The line is written once the answer has been sent.
+    eventually(lambda: "[trace-2]" in server.log.read_text())
 
 
 def test_status_pages(http: httpx.Client, client: openai.OpenAI) -> None:
@@ -138,7 +141,7 @@ def test_the_description(http: httpx.Client) -> None:
     assert named <= schemas.keys()
 
 
-def test_metrics(http: httpx.Client, server: RunningServer) -> None:
+def test_metrics(http: httpx.Client, server: RunningServer, eventually: Eventually) -> None:
     counted = [
         'foveate_requests_total{route="/v1/chat/completions",status="200"}',
         "foveate_prompt_tokens_total",
@@ -152,6 +155,6 @@ def test_metrics(http: httpx.Client, server: RunningServer) -> None:
     assert http.post(PATH, json=BODY | {"ignore_eos": True}).status_code == 200
     before = [server.metric(name) for name in counted]
     assert http.post(PATH, json=BODY | {"ignore_eos": True}).status_code == 200
-    after = [server.metric(name) for name in counted]
-    assert after[2] == before[2] + 2
-    assert all(late > early for early, late in zip(before, after, strict=True))
+    # Some are counted once the answer has been sent.
+    eventually(lambda: all(server.metric(name) > early for name, early in zip(counted, before, strict=True)))
+    assert server.metric(counted[2]) == before[2] + 2

@@ -82,9 +82,12 @@ def run_in_sh(command: str) -> dict[str, object]:
     return answer
 
 
-def test_the_printed_command_runs_as_it_is(server: RunningServer) -> None:
-    lines = server.log.read_text().splitlines()
-    (command,) = [line for line in lines if line.startswith("curl ")]
+def test_the_printed_command_runs_as_it_is(
+    server: RunningServer, eventually: Callable[[Callable[[], bool]], None]
+) -> None:
+    # /ready is answered a moment before the lines are printed.
+    eventually(lambda: "\ncurl " in server.log.read_text())
+    (command,) = [line for line in server.log.read_text().splitlines() if line.startswith("curl ")]
     answer = run_in_sh(command)
     assert answer["object"] == "chat.completion"
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0  # type: ignore[index]
