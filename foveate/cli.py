@@ -14,22 +14,12 @@ from typing import NoReturn
 from cyclopts import App, CycloptsError
 
 from foveate.errors import CheckpointError, ConfigError, FoveateError
+from foveate.version import version
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 EXIT_CHECKPOINT = 3
 EXIT_INTERRUPTED = 130
-
-
-def version() -> str:
-    """Return the installed version of Foveate."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed_version
-
-    try:
-        return installed_version("foveate")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def show_version() -> int:

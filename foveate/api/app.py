@@ -26,7 +26,7 @@ from foveate.api.errors import (
     handle_http_error,
     json_response,
 )
-from foveate.api.identity import fingerprint, version
+from foveate.api.identity import fingerprint
 from foveate.api.middleware import AccessControl, RequestScope
 from foveate.api.response import EventStream, unless_hung_up
 from foveate.api.stream import Completion
@@ -36,6 +36,7 @@ from foveate.engine.client import EngineClient
 from foveate.errors import FoveateError, Unavailable
 from foveate.media.fetch import MediaFetcher
 from foveate.telemetry import Metrics
+from foveate.version import version
 from foveate.vision.client import VisionClient
 
 _STATS_SECONDS = 2.0

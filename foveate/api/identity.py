@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
-from importlib import metadata
 
 from foveate.chat.assets import ModelAssets
-
-
-@cache
-def version() -> str:
-    """Return the installed package's version, or ``0+unknown`` in a tree that was never installed."""
-    try:
-        return metadata.version("foveate")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
+from foveate.version import version
 
 
 def fingerprint(model_name: str, assets: ModelAssets) -> str:

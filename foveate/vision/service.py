@@ -97,26 +97,35 @@ class VisionService:
         self._identity = identity
         self._cache = EmbeddingCache(settings.vision.embedding_cache_bytes)
         self._pool = ThreadPoolExecutor(settings.vision.preprocess_threads, thread_name_prefix="preprocess")
-        self._prepared: queue.SimpleQueue[Prepared] = queue.SimpleQueue()
+        # None ends the thread that reads it.
+        self._prepared: queue.SimpleQueue[Prepared | None] = queue.SimpleQueue()
+        self._stopping = False
         self._outbox: queue.SimpleQueue[VisionReply] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe()
         # Requests that somebody waits for. Dictionary operations are atomic, and each entry has one writer at a time.
         self._wanted: dict[str, EmbeddingHandle | None] = {}
 
     def serve(self, socket: zmq.Socket[bytes]) -> None:
-        """Answer whoever is at the other end of ``socket``, for ever."""
-        threading.Thread(target=self._encode_forever, name="encode", daemon=True).start()
+        """Answer whoever is at the other end of ``socket``, until :meth:`stop`. The socket stays open."""
+        threading.Thread(target=self._encode_waiting, name="encode", daemon=True).start()
         decoder = msgspec.msgpack.Decoder(VisionRequest)
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._wake_reader, zmq.POLLIN)
-        while True:
+        while not self._stopping:
             ready = dict(poller.poll())
             if socket in ready:
                 self._take(decoder.decode(socket.recv()))
             if self._wake_reader in ready:
                 os.read(self._wake_reader, 4096)
             self._send_outbox(socket)
+
+    def stop(self) -> None:
+        """End :meth:`serve` and all threads; what is under way is not answered any more. From any thread."""
+        self._stopping = True
+        self._prepared.put(None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        os.write(self._wake_writer, b"\0")
 
     def _send_outbox(self, socket: zmq.Socket[bytes]) -> None:
         while not self._outbox.empty():
@@ -172,22 +181,29 @@ class VisionService:
             logger.exception("a picture could not be prepared")
             self._fail(request.request_id, EngineError("the picture could not be prepared; see the log"))
 
-    def _encode_forever(self) -> None:
+    def _encode_waiting(self) -> None:
         """In its own thread: run the model on whatever waits."""
         # PyTorch counts threads for each thread that calls it: the decoder's may be fewer.
         torch.set_num_threads(self._settings.model.threads or len(os.sched_getaffinity(0)))
-        while True:
-            batch = [self._prepared.get()]
-            slices = len(batch[0].pixels.tgt_sizes)
-            while not self._prepared.empty() and slices < self._encoder.batch_size:
-                batch.append(self._prepared.get())
-                slices += len(batch[-1].pixels.tgt_sizes)
+        while batch := self._next_batch():
             try:
                 self._encode([item for item in batch if item.request_id in self._wanted])
             except Exception:
                 logger.exception("encoding failed")
                 for item in batch:
                     self._fail(item.request_id, EngineError("the picture could not be encoded; see the log"))
+
+    def _next_batch(self) -> list[Prepared]:
+        """Wait for a picture, and take what waits behind it as far as one step of the encoder goes."""
+        batch: list[Prepared] = []
+        slices = 0
+        while not batch or (slices < self._encoder.batch_size and not self._prepared.empty()):
+            item = self._prepared.get()
+            if item is None:
+                return []
+            batch.append(item)
+            slices += len(item.pixels.tgt_sizes)
+        return batch
 
     def _encode(self, batch: list[Prepared]) -> None:
         """Encode each picture once, however many requests it is in."""

@@ -58,28 +58,18 @@ def start_service(encoder: VisionEncoder, arena: LocalArena, tmp_path: Path) -> 
     """A function that starts the service, which ends with the test."""
     settings = Settings(media=MediaSettings(max_image_pixels=2_000_000), vision=VisionSettings(preprocess_threads=2))
     service = VisionService(encoder, arena, ModelAssets.from_folder(TINY).pictures, settings, "tiny")
-    context = zmq.Context()
-    threads: list[threading.Thread] = []
-
-    def start() -> None:
-        socket = context.socket(zmq.DEALER)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(f"ipc://{tmp_path}/v.ipc")
-        threads.append(threading.Thread(target=_serve, args=(service, socket), daemon=True))
-        threads[-1].start()
+        thread = threading.Thread(target=service.serve, args=(socket,))
 
-    yield start
-    context.destroy(linger=0)
-    for thread in threads:
+        def start() -> None:
+            socket.connect(f"ipc://{tmp_path}/v.ipc")
+            thread.start()
+
+        yield start
+        service.stop()
         thread.join(10)
         assert not thread.is_alive()
-
-
-def _serve(service: VisionService, socket: zmq.Socket[bytes]) -> None:
-    try:
-        service.serve(socket)
-    except zmq.ZMQError:  # Its socket was taken away: the test is over.
-        return
 
 
 @pytest.fixture
