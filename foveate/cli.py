@@ -13,12 +13,9 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 
-from foveate.errors import CheckpointError, ConfigError, FoveateError
+from foveate.errors import ConfigError, FoveateError
 from foveate.version import version
 
-EXIT_FAILED = 1
-EXIT_CONFIG = 2
-EXIT_CHECKPOINT = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -62,13 +59,9 @@ def _run(argv: Sequence[str]) -> int:
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        return _fail(f"{error} Try --help.", EXIT_CONFIG)
-    except ConfigError as error:
-        return _fail(error.message, EXIT_CONFIG)
-    except CheckpointError as error:
-        return _fail(error.message, EXIT_CHECKPOINT)
+        return _fail(f"{error} Try --help.", ConfigError.exit_status)
     except FoveateError as error:
-        return _fail(error.message, EXIT_FAILED)
+        return _fail(error.message, error.exit_status)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else 0

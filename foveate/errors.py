@@ -35,6 +35,7 @@ class FoveateError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    exit_status: ClassVar[int] = 1
     grpc: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
@@ -107,13 +108,13 @@ class EngineError(FoveateError):
 class ConfigError(FoveateError):
     """A setting is unknown, of the wrong type, or impossible together with another."""
 
-    code, grpc = "config_error", "FAILED_PRECONDITION"
+    code, grpc, exit_status = "config_error", "FAILED_PRECONDITION", 2
 
 
 class CheckpointError(FoveateError):
     """A checkpoint is incomplete, misshapen, or not one that this project serves."""
 
-    code, grpc = "checkpoint_error", "FAILED_PRECONDITION"
+    code, grpc, exit_status = "checkpoint_error", "FAILED_PRECONDITION", 3
 
 
 BY_CODE: dict[str, type[FoveateError]] = {}

@@ -23,7 +23,7 @@ from foveate.config import Settings
 from foveate.engine.core import EngineCore
 from foveate.engine.runner import ModelRunner
 from foveate.engine.scheduler import Scheduler
-from foveate.errors import CheckpointError, ConfigError, FoveateError
+from foveate.errors import CheckpointError, ConfigError
 from foveate.kernels import ops
 from foveate.models.config import ModelConfig
 from foveate.models.minicpmv import MiniCPMV
@@ -37,7 +37,6 @@ logger = logging.getLogger("foveate.worker")
 
 _LONGEST = 32768
 _SMALL_BYTES = 64 * 2**20
-EXIT_CODES: dict[type[FoveateError], int] = {ConfigError: 2, CheckpointError: 3}
 
 
 def pick_device(name: str) -> torch.device:
@@ -153,7 +152,7 @@ def main() -> None:
         core, vision = build(settings)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODES[type(error)])
+        sys.exit(error.exit_status)
     logger.info(
         "model loaded in %.1f s on %s as %s, %d KV blocks of %d tokens, operations: %s",
         time.monotonic() - started, core.runner.device, core.runner.dtype, core.runner.num_blocks,

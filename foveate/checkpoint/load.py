@@ -60,9 +60,8 @@ def dummy_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, *
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0 if "norm" in name or ".ln_" in name else 0.0)
-                if name.endswith("bias"):
-                    parameter.zero_()
+                # A weight of one dimension is a norm's; the rest are biases.
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             else:
                 parameter.normal_(std=0.02, generator=generator)
     return model.eval()

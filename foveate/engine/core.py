@@ -151,14 +151,12 @@ class EngineCore:
             )
             for index in range(request.n)
         ]
-        positions = [np.arange(start, start + length) for slot in request.images for start, length in slot.ranges]
+        ranges = [np.arange(start, start + length) for slot in request.images for start, length in slot.ranges]
+        positions = np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
         embeddings = torch.cat(rows) if rows else None
         for seq in seqs:
             seed = secrets.randbits(_SEED_BITS) if first is None else first + seq.index
-            state = SequenceState(seed=_signed(seed), embeddings=embeddings)
-            if positions:
-                state.image_positions = np.concatenate(positions)
-            self.runner.admit(seq, state)
+            self.runner.admit(seq, SequenceState(_signed(seed), embeddings, positions))
         self.scheduler.add(*seqs)
 
     def _read(self, handle: EmbeddingHandle, wanted: int) -> torch.Tensor:

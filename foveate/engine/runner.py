@@ -95,14 +95,6 @@ class ModelRunner:
         hidden: Tensor = self.model(x, batch.positions, PagedAttention(batch, self.kv_cache))
         return hidden
 
-    @torch.inference_mode()
-    def profile(self, num_tokens: int) -> None:
-        """Run the layers over ``num_tokens`` tokens of nothing, so that the peak of memory can be read off."""
-        config = self.model.config
-        x = torch.zeros(num_tokens, config.hidden_size, dtype=self.dtype, device=self.device)
-        positions = torch.arange(num_tokens, device=self.device)
-        self.model.logits(self.model(x, positions, lambda _layer, query, _key, _value: query)[-1:])
-
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate a cache. It must hold zeros: attention multiplies by zero what it masks, and 0 · NaN is NaN."""

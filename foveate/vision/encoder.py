@@ -29,11 +29,6 @@ class VisionEncoder:
         self._mean = torch.tensor(mean, device=self.device)[:, None]
         self._std = torch.tensor(std, device=self.device)[:, None]
 
-    @property
-    def hidden_size(self) -> int:
-        """Columns of an embedding."""
-        return self.tower.resampler.proj.shape[1]
-
     def normalize(self, patches: Tensor) -> Tensor:
         """uint8 [patches, 3 * patch_size**2] → the encoder's input of that shape, rounded as the reference rounds."""
         channels = patches.to(self.device).float().unflatten(1, (3, -1))

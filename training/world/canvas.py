@@ -254,14 +254,3 @@ def draw_text(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, font: str
             marks.append(Mark(box, character_label(character)))
         position += advance * kerned
     return marks
-
-
-def marks_box(marks: list[Mark]) -> Box:
-    """The box around all marks."""
-    boxes = [mark.box for mark in marks]
-    return (
-        min(box[0] for box in boxes),
-        min(box[1] for box in boxes),
-        max(box[2] for box in boxes),
-        max(box[3] for box in boxes),
-    )
