@@ -14,7 +14,7 @@ GROUPS = 4
 
 def join(batches: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
     """Put worker batches one after another on the device."""
-    offsets = {"image_rows": 0, "answering": 0, "turns": 0}
+    offsets = {"image_rows": 0, "answering": 0, "turns": 0, "labelled": 0}
     columns: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         for name, value in batch.items():
@@ -23,8 +23,14 @@ def join(batches: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
         offsets["image_rows"] += len(batch["token_ids"])
         offsets["answering"] += len(batch["token_ids"])
         offsets["turns"] += len(batch["categories"])
+        offsets["labelled"] += len(batch["patches"])
     lists = {name: [one for batch in batches for one in batch[name]] for name in ("lengths", "tgt_sizes", "categories")}
     return {name: torch.cat(values) for name, values in columns.items()} | lists
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for what it is doing."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class SegmentAttention:
@@ -44,15 +50,16 @@ class SegmentAttention:
             # The fused kernels want rows of the mask to be multiples of 16 bytes.
             columns = torch.arange(-(-int(own.max()) // 8) * 8)
             inside = columns < own
-            tokens = (starts[chosen][:, None] + columns)[inside].to(device)
-            slots = inside.flatten().nonzero().squeeze(1).to(device)
+            tokens = (starts[chosen][:, None] + columns)[inside]
+            slots = inside.flatten().nonzero().squeeze(1)
+            tokens, slots = moved(tokens, device), moved(slots, device)
             shape = (len(chosen), len(columns))
             segment = _padded(segments, tokens, slots, shape, -1)
             position = _padded(positions, tokens, slots, shape, 0)
             seen = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
             seen &= position[:, None, :] <= position[:, :, None]
             # A row of padding sees the other padding: a row that sees nothing would be NaN.
-            mask = torch.where(seen, 0.0, -torch.inf).to(torch.bfloat16)[:, None]
+            mask = torch.zeros(seen.shape, dtype=torch.bfloat16, device=device).masked_fill_(~seen, -torch.inf)[:, None]
             self._groups.append(_Group(tokens, slots, shape, mask))
         self._inverse = torch.cat([group.tokens for group in self._groups]).argsort()
 

@@ -23,6 +23,8 @@ CELLS = 4
 """Columns of a patch that are labelled each: the smallest print has two characters in a patch, and more."""
 APART = 0.75
 """Share of the conversations whose questions do not see each other."""
+BACKGROUND = 1 / 16
+"""Share of the patches without anything in them that are labelled."""
 
 
 @dataclass
@@ -132,15 +134,10 @@ def _answer_spans(ids: list[int], assets: ModelAssets) -> list[tuple[int, int]]:
     start_id, end_id = (assets.tokenizer.token_id(token) for token in ("<|im_start|>", "<|im_end|>"))
     header = [start_id, *assets.tokenizer.encode_text("assistant\n")]
     spans = []
-    position = 0
-    while position < len(ids):
-        if ids[position : position + len(header)] == header:
+    for position, token in enumerate(ids):
+        if token == start_id and ids[position : position + len(header)] == header:
             first = position + len(header)
-            end = ids.index(end_id, first) + 1
-            spans.append((first, end))
-            position = end
-        else:
-            position += 1
+            spans.append((first, ids.index(end_id, first) + 1))
     return spans
 
 
@@ -212,7 +209,11 @@ class World(IterableDataset):
 
 
 def collate(samples: list[Sample]) -> dict[str, object]:
-    """Pack samples: patches and tokens one after another, ``lengths`` tokens each."""
+    """Pack samples: patches and tokens one after another, ``lengths`` tokens each.
+
+    ``labels`` are those of the patches ``labelled``: all that show something, and one in sixteen of the others,
+    which would outweigh everything.
+    """
     rows: list[int] = []
     answering: list[int] = []
     targets: list[int] = []
@@ -227,13 +228,17 @@ def collate(samples: list[Sample]) -> dict[str, object]:
             turns += [len(categories)] * (end - first)
             categories.append(f"{sample.conversation.turns[turn].category}/{sample.conversation.turns[turn].language}")
         before += len(sample.token_ids)
+    labels = np.concatenate([sample.labels for sample in samples])
+    chance = np.random.default_rng(len(labels)).random(len(labels))
+    labelled = np.flatnonzero(labels.any(1) | (chance < BACKGROUND))
     joined = {name: [value for sample in samples for value in getattr(sample, name)] for name in _TOKEN_FIELDS}
     return {
         **{name: torch.tensor(values, dtype=torch.int32) for name, values in joined.items()},
         "lengths": [len(sample.token_ids) for sample in samples],
         "image_rows": torch.tensor(rows),
         "patches": torch.from_numpy(np.concatenate([sample.patches for sample in samples])),
-        "labels": torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
+        "labels": torch.from_numpy(labels[labelled]),
+        "labelled": torch.from_numpy(labelled),
         "tgt_sizes": [size for sample in samples for size in sample.tgt_sizes],
         "answering": torch.tensor(answering),
         "targets": torch.tensor(targets),

@@ -26,6 +26,8 @@ from training.attention import SegmentAttention, join
 from training.data import CELLS, World
 from training.export import export
 from training.log import Log
+from training.muon import Muon
+from training.replay import Replay
 from training.world.conversation import FAMILIES
 from training.world.records import NUM_LABELS
 
@@ -91,6 +93,8 @@ class Trainer:
         self.device = device
         self.model = MiniCPMV(config).to(device)
         self.reader = nn.Linear(config.vision.hidden_size, CELLS * NUM_LABELS).to(device)
+        self._label_weights = torch.ones(NUM_LABELS, device=device)
+        self._label_weights[0] = BACKGROUND_WEIGHT
         initialize(self.model)
         if compiled:
             _compile(self.model)
@@ -102,7 +106,7 @@ class Trainer:
         chosen = {id(p) for p in hidden}
         rest = [p for p in [*self.model.parameters(), *self.reader.parameters()] if id(p) not in chosen]
         self.optimizers = [
-            torch.optim.Muon(hidden, lr=peak, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon(hidden, lr=peak, momentum=0.95, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"),
         ]
         self.peak = peak
@@ -119,7 +123,7 @@ class Trainer:
             pixels = batch["patches"].to(torch.bfloat16) / 127.5 - 1.0
             features = self.model.vision.encoder(pixels, sizes)
             embeddings = self.model.vision.resampler(features, sizes).flatten(0, 1)
-            reading = self._reading_loss(features, batch["labels"])
+            reading = self._reading_loss(features.index_select(0, batch["labelled"]), batch["labels"])
             x = x.index_copy(0, batch["image_rows"], embeddings.to(x.dtype))
         attend = SegmentAttention(batch["lengths"], batch["segments"], batch["positions"])
         hidden = language(x, batch["positions"].long(), attend)
@@ -134,13 +138,8 @@ class Trainer:
     aux_weight = AUX_WEIGHT
 
     def _reading_loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        # All that is marked, and one background patch in sixteen: the background would outweigh everything.
-        kept = (labels != 0).any(1) | (torch.rand(len(labels), device=self.device) < 1 / 16)
-        index = kept.nonzero().squeeze(1)
-        scores = self.reader(features.index_select(0, index)).unflatten(-1, (CELLS, NUM_LABELS)).flatten(0, 1).float()
-        weights = torch.ones(NUM_LABELS, device=self.device)
-        weights[0] = BACKGROUND_WEIGHT
-        return F.cross_entropy(scores, labels.index_select(0, index).flatten().long(), weight=weights)
+        scores = self.reader(features).unflatten(-1, (CELLS, NUM_LABELS)).flatten(0, 1).float()
+        return F.cross_entropy(scores, labels.flatten().long(), weight=self._label_weights)
 
     def step(self, batches: list[dict], scale: float) -> tuple[dict[str, Tensor], list[str], Tensor]:
         """One update at ``scale`` times the peak learning rate."""
@@ -205,12 +204,13 @@ def run(args: argparse.Namespace) -> None:
     loader = iter(
         DataLoader(world, batch_size=None, num_workers=args.workers, prefetch_factor=ahead, pin_memory=pinned)
     )
+    replay = Replay(loader, device, args.repeat)
     log = Log(args.output / "log.jsonl", args.every)
     while (elapsed := time.time() - started) < args.seconds:
         progress = args.start + (args.end - args.start) * elapsed / args.seconds
         trainer.aux_weight = AUX_WEIGHT * max(0.1, 1 - 1.5 * progress)
         asked = time.time()
-        batches = [next(loader) for _ in range(args.accumulate)]
+        batches = replay.take(args.accumulate)
         waited = time.time() - asked
         parts, categories, exact = trainer.step(batches, scale_at(progress, trainer.step_count))
         if log.add(parts, categories, exact, sum(len(batch["lengths"]) for batch in batches), waited):
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="checkpoint to begin from, without the state of a run")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=12, help="worker batches in one step")
+    parser.add_argument("--repeat", type=float, default=1.0, help="how often each batch is learned from, on average")
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--every", type=int, default=50, help="steps between log lines")
     parser.add_argument("--seed", type=int, default=1)

@@ -6,7 +6,6 @@ that a client writes can pass for the template's own text, nor for a picture's p
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,28 +116,30 @@ class _Marks:
         if isinstance(part, TextPart) and not part.text:
             return ""
         self._parts.append(part)
-        return f"{self._nonce}_{len(self._parts) - 1}_"
+        return f"{self._nonce}{len(self._parts) - 1}_"
 
     def resolve(self, rendered: str, settings: PictureSettings) -> list[Piece]:
         """Put the parts back where the template has put their marks.
 
         Raises:
-            InvalidRequest: the template has dropped, repeated or reordered pictures.
+            InvalidRequest: the template has cut a mark, or dropped, repeated or reordered pictures.
         """
         numbers = {id_: number for number, id_ in enumerate(self._picture_ids())}
-        pieces: list[Piece] = []
+        first, *marked = rendered.split(self._nonce)
+        pieces: list[Piece] = [TemplateText(first)]
         seen: list[int] = []
-        for position, text in enumerate(re.split(rf"{self._nonce}_(\d+)_", rendered)):
-            # With one group, re.split alternates: text, the group, text, the group, ..., text.
-            if position % 2 == 0:
-                pieces.append(TemplateText(text))
-                continue
-            part = self._parts[int(text)]
+        for rest in marked:
+            digits, _, text = rest.partition("_")
+            if not digits.isdecimal() or int(digits) >= len(self._parts):
+                message = "the model's chat template cuts the messages' texts"
+                raise InvalidRequest(message, param="messages")
+            part = self._parts[int(digits)]
             if isinstance(part, TextPart):
                 pieces.append(UserText(part.text))
-                continue
-            seen.append(int(text))
-            pieces += picture_pieces(numbers[int(text)], part.plan, settings)
+            else:
+                seen.append(int(digits))
+                pieces += picture_pieces(numbers[int(digits)], part.plan, settings)
+            pieces.append(TemplateText(text))
         if seen != list(numbers):
             message = "the model's chat template does not keep this conversation's pictures in their places"
             raise InvalidRequest(message, param="messages")

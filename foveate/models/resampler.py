@@ -24,10 +24,10 @@ def axis_table(length: int, half_size: int, device: torch.device, dtype: torch.d
 
 
 @lru_cache(maxsize=1024)
-def patch_places(rows: int, columns: int) -> Tensor:
+def patch_places(rows: int, columns: int, device: torch.device) -> Tensor:
     """Return every patch's column and row, row by row: int64 [2, rows * columns]."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack((column.flatten(), row.flatten()))
+    return torch.stack((column.flatten(), row.flatten())).to(device)
 
 
 def sincos_positions(
@@ -41,7 +41,7 @@ def sincos_positions(
     longest = max(max(pair) for pair in tgt_sizes)
     # Rounded up, so that a few tables serve all sizes.
     table = axis_table(max(128, 1 << (longest - 1).bit_length()), size // 2, device, dtype)
-    places = torch.cat([patch_places(rows, columns) for rows, columns in tgt_sizes], dim=1).to(device)
+    places = torch.cat([patch_places(rows, columns, device) for rows, columns in tgt_sizes], dim=1)
     return table[places].transpose(0, 1).flatten(1)
 
 

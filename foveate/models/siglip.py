@@ -34,9 +34,10 @@ def position_buckets(count: int, side: int) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def position_ids(rows: int, columns: int, side: int) -> Tensor:
+def position_ids(rows: int, columns: int, side: int, device: torch.device) -> Tensor:
     """Return each patch's row in the position table, row by row: int64 [rows * columns]."""
-    return (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten()
+    # Cached where it is used: a batch's ids are put together there, without a copy that would wait for the device.
+    return (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten().to(device)
 
 
 class EncoderLayer(nn.Module):
@@ -91,7 +92,7 @@ class SiglipEncoder(nn.Module):
             features [patches, hidden]
         """
         side = self.config.patches_per_side
-        ids = torch.cat([position_ids(rows, columns, side) for rows, columns in tgt_sizes]).to(pixels.device)
+        ids = torch.cat([position_ids(rows, columns, side, pixels.device) for rows, columns in tgt_sizes])
         x = self.patch_embedding(pixels) + self.position_embedding(ids)
         lengths = [rows * columns for rows, columns in tgt_sizes]
         for layer in self.layers:

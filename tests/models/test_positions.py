@@ -28,7 +28,7 @@ def test_float32_anomalies_are_kept() -> None:
 
 
 def test_ids_go_row_by_row() -> None:
-    assert position_ids(2, 3, 70).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
+    assert position_ids(2, 3, 70, torch.device("cpu")).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
 
 
 def test_real_size_matches_all_tensors() -> None:

@@ -16,7 +16,7 @@ from training.world.records import CHARSET, NUM_LABELS, Conversation, Mark, Turn
 from training.world.scene import make_scene, render
 from training.world.scene_questions import SceneQuestions
 from training.world.sign import SMALLEST_CAP, SignQuestions, make_sign
-from training.world.tiny import TinyQuestions, make_tiny
+from training.world.tiny import Tiny, TinyQuestions, make_fine, make_tiny
 from training.world.vocabulary import LANGUAGES
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "weights",
 ]
 
-FAMILIES = ("scene", "text", "chart", "receipt", "small_text", "pair", "chat")
+FAMILIES = ("scene", "text", "chart", "receipt", "small_text", "fine_print", "pair", "chat")
 HELD_OUT = 10**9
 """Seeds from here on are for evaluation and never for training."""
 
@@ -45,7 +45,8 @@ _SHARES = {
     "text": (0.30, 0.18),
     "chart": (0.13, 0.09),
     "receipt": (0.12, 0.09),
-    "small_text": (0.0, 0.18),
+    "small_text": (0.0, 0.14),
+    "fine_print": (0.0, 0.04),
     "pair": (0.0, 0.15),
     "chat": (0.03, 0.03),
 }
@@ -185,8 +186,14 @@ def _receipt(rng: random.Random, stage: float) -> Pictures:
 
 
 def _small_text(rng: random.Random, stage: float) -> Pictures:
-    tiny, picture, marks = make_tiny(rng)
+    return _printed(rng, *make_tiny(rng))
 
+
+def _fine_print(rng: random.Random, stage: float) -> Pictures:
+    return _printed(rng, *make_fine(rng))
+
+
+def _printed(rng: random.Random, tiny: Tiny, picture: Image.Image, marks: list[Mark]) -> Pictures:
     def makers(language: str) -> Makers:
         if tiny.receipt:
             printed = ReceiptQuestions(rng, tiny.receipt, language, tiny.category)
@@ -229,6 +236,7 @@ _FAMILIES: dict[str, Callable[[random.Random, float], Pictures]] = {
     "chart": _chart,
     "receipt": _receipt,
     "small_text": _small_text,
+    "fine_print": _fine_print,
     "pair": _pair,
     "chat": _chat,
 }

@@ -103,6 +103,8 @@ class _Press:
         ]
         self.cells = cells(*self.size, margin=10)
         self.marks: list[Mark] = []
+        self.prints: list[Print] = []
+        self.receipt: Receipt | None = None
 
     def font(self) -> tuple[str, int, float] | None:
         """A clear font, its size and its real cap height, within the range; None if no font has such a size."""
@@ -155,10 +157,10 @@ class _Press:
                 x = self.rng.uniform(10, self.size[0] - wide - 10)
                 yield None, x, self.rng.uniform(10, self.size[1] - high - 10)
 
-    def print(self) -> Print | None:
+    def print(self) -> None:
         """Print one string if there is room."""
         if (face := self.font()) is None:
-            return None
+            return
         font, points, cap = face
         text = words.unguessable(self.rng)
         wide, high = canvas.text_size(text, font, points)
@@ -170,13 +172,13 @@ class _Press:
             self.marks += canvas.draw_text(self.pen, x, y, text, font, points, self.ink)
             # Keep others well away, so that a string belongs to one shape only.
             self.taken.append((box[0] - 20, box[1] - 20, box[2] + 20, box[3] + 20))
-            return Print(text, place, beside, cap, box)
-        return None
+            self.prints.append(Print(text, place, beside, cap, box))
+            return
 
-    def receipt(self) -> Receipt | None:
+    def print_receipt(self) -> None:
         """Print a whole receipt into one slice, if there is room."""
         if (face := self.font()) is None:
-            return None
+            return
         font, points, cap = face
         receipt = make_receipt(self.rng, 4)
         step = cap * self.rng.uniform(2.0, 2.6)
@@ -190,8 +192,8 @@ class _Press:
                 self.pen.rectangle(box, fill=(255, 255, 255), outline=(120, 120, 120))
                 spot = (x, y, x + wide, y + high)
                 self.marks += print_receipt(self.pen, receipt, spot, font, points, (20, 20, 20), step)
-                return receipt
-        return None
+                self.receipt = receipt
+                return
 
 
 def make_tiny(rng: random.Random) -> tuple[Tiny, Image.Image, list[Mark]]:
@@ -204,18 +206,42 @@ def make_tiny(rng: random.Random) -> tuple[Tiny, Image.Image, list[Mark]]:
     limits = cap_range(*size, OVERVIEW_CAP if tiny else 17.0)
     if limits is None:
         return make_tiny(rng)
+    contents = _fill(rng, size, limits, (35, 30, 20, 15))
+    return _tiny(contents, "small_text" if tiny else "text") if contents else make_tiny(rng)
+
+
+def make_fine(rng: random.Random) -> tuple[Tiny, Image.Image, list[Mark]]:
+    """A picture that is not sliced, with up to nine small strings: what one slice of a larger one may show.
+
+    It teaches to read small print at a fifth of the cost, and is never evaluated.
+    """
+    width, height = rng.choice(((448, 448), (448, 448), (512, 384), (384, 512), (560, 350), (350, 560)))
+    shrink = rng.choice((1.0, rng.uniform(0.85, 1.0)))
+    size = int(width * shrink), int(height * shrink)
+    scale = canvas.overview_scale(*size)
+    contents = _fill(rng, size, (SLICE_CAP / scale, 18.0 / scale), (0, 1, 1, 1, 1, 1, 1, 1, 1))
+    return _tiny(contents, "text") if contents else make_fine(rng)
+
+
+def _fill(
+    rng: random.Random, size: tuple[int, int], limits: tuple[float, float], weights: tuple[int, ...]
+) -> _Press | None:
+    """At most four shapes, and one string or more (by ``weights``) or a receipt; None if nothing could be printed."""
     ground = canvas.background(rng, size)
     colours = canvas.readable_colours(ground)
     shapes = make_shapes(rng, size, colours, rng.choices((0, 1, 2, 3, 4), (1, 3, 4, 3, 2))[0])
-    scene = Scene(*size, ground, in_reading_order(shapes, *size))
-    press = _Press(rng, scene, limits)
-    receipt = press.receipt() if rng.random() < 0.15 else None
-    prints = [] if receipt else [press.print() for _ in range(rng.choices((1, 2, 3, 4), (35, 30, 20, 15))[0])]
-    found = tuple(one for one in prints if one is not None)
-    if not found and receipt is None:
-        return make_tiny(rng)
-    marks = press.marks + draw_shapes(press.picture, list(scene.shapes))
-    return Tiny(scene, found, receipt, "small_text" if tiny else "text"), press.picture, marks
+    press = _Press(rng, Scene(*size, ground, in_reading_order(shapes, *size)), limits)
+    if rng.random() < 0.15:
+        press.print_receipt()
+    else:
+        for _ in range(rng.choices(range(1, len(weights) + 1), weights)[0]):
+            press.print()
+    return press if press.prints or press.receipt else None
+
+
+def _tiny(press: _Press, category: str) -> tuple[Tiny, Image.Image, list[Mark]]:
+    marks = press.marks + draw_shapes(press.picture, list(press.scene.shapes))
+    return Tiny(press.scene, tuple(press.prints), press.receipt, category), press.picture, marks
 
 
 class TinyQuestions:
