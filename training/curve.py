@@ -42,7 +42,7 @@ def main() -> None:
             if (found := [entry["exact"][key] for key in entry["exact"] if key.startswith(f"{category}/")])
         ]
         exact.plot(*zip(*points, strict=True), label=category.replace("_", " "))
-    exact.set(xlabel="minutes on one H100", ylim=(0, 1), title="Answered exactly, on pictures drawn for that step")
+    exact.set(xlabel="minutes on one H100", ylim=(0, 1), title="Answered exactly, on the pictures of each step")
     for axis in (losses, exact):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
