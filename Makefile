@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help serve bench test check lint fmt clean
+.PHONY: help serve bench test check lint fmt proto clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -38,6 +38,10 @@ lint: .venv/.installed-dev  ## The quick checks: style, types, layers
 fmt: .venv/.installed-dev  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+proto: .venv/.installed-dev  ## Compile vision.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=foveate/vision/vision.protoset --pyi_out=. \
+		foveate/vision/vision.proto
 
 clean:  ## Remove the environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

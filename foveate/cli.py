@@ -34,8 +34,9 @@ app = App(
 )
 # Commands are named, not imported: the first two bring in half a second of libraries each.
 app.command("foveate.deploy.serve:command", name="serve", help="Start the server.", sort_key=1)
-app.command("foveate.bench:command", name="bench", help="Measure a server under load.", sort_key=2)
-app.command(show_version, name="version", help="Print the version.", sort_key=3)
+app.command("foveate.deploy.look:command", name="vision", help="Start a vision service alone.", sort_key=2)
+app.command("foveate.bench:command", name="bench", help="Measure a server under load.", sort_key=3)
+app.command(show_version, name="version", help="Print the version.", sort_key=4)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -81,16 +81,63 @@ class EngineSettings(Section):
 
 
 class VisionSettings(Section):
-    """Limits of the vision encoder."""
+    """The vision encoder, and where others are."""
 
+    encoder: Literal["own", "engine", "none"] = "own"
+    """Where this server's own encoder runs: in a process of its own, inside the engine's, or nowhere."""
+    vision: list[str] = []
+    """Another vision service to use too: unix:PATH or HOST:PORT (may be repeated)."""
+    listen: str | None = None
+    """Where the vision service listens: unix:PATH or HOST:PORT. An address that others reach needs a token or TLS."""
+    vision_token: str | None = None
+    """Shared secret of vision services over TCP and those who use them."""
+    vision_tls_cert: str | None = None
+    """This side's certificate (PEM file) for mutual TLS over TCP."""
+    vision_tls_key: str | None = None
+    """The certificate's private key (PEM file)."""
+    vision_tls_ca: str | None = None
+    """Certificate authority that the other side's certificate must come from (PEM file)."""
+    vision_device: str | None = None
+    """The encoder's device, if it is not the engine's: cpu, cuda or cuda:N."""
+    vision_dtype: DType | None = None
+    """The encoder's number type, if it is not the engine's."""
     vision_batch_size: PositiveInt = 16
     """Slices that are encoded in one step."""
+    max_concurrency: PositiveInt = 64
+    """Requests that an encoder works on at once; more wait in its queue."""
     embedding_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Memory for the embeddings of pictures seen before (least recently used go first)."""
     max_vision_queue: PositiveInt = 256
-    """Pictures that may wait for the encoder; more are refused with status 503."""
-    preprocess_threads: PositiveInt = 2
-    """Threads that decode and resize pictures."""
+    """Pictures that may wait for an encoder; more are refused with status 503."""
+    preprocess_threads: Annotated[int, Field(ge=0)] = 0
+    """Threads that decode and resize pictures; 0 takes one a core."""
+    vision_wait_seconds: Annotated[float, Field(ge=0)] = 30.0
+    """How long a picture waits for an encoder that is being restarted, before it is refused with status 503."""
+
+
+class TransportSettings(Section):
+    """How embeddings get from vision encoders to the engine."""
+
+    transport: Literal["auto", "arena", "cuda-ipc", "inline"] = "auto"
+    """Shared memory, one GPU's memory, or bytes on the wire; auto takes the fastest that both sides have."""
+    arena_bytes: PositiveInt = 256 * 2**20
+    """Memory in which an encoder leaves embeddings for engines."""
+    arena_block_bytes: PositiveInt = 64 * 2**10
+    """The arena's unit: a multiple of 4096."""
+    arena_wait_seconds: Annotated[float, Field(ge=0)] = 2.0
+    """How long a picture waits for room in the arena, before it is refused with status 503."""
+    lease_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long an engine may take to read a picture's embeddings."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TransportSettings:
+        if self.arena_block_bytes % 4096:
+            raise ValueError(f"arena_block_bytes ({self.arena_block_bytes}) must be a multiple of 4096")
+        if self.arena_bytes < self.arena_block_bytes:
+            raise ValueError(
+                f"arena_bytes ({self.arena_bytes}) must be at least arena_block_bytes ({self.arena_block_bytes})"
+            )
+        return self
 
 
 class HttpSettings(Section):
@@ -142,6 +189,7 @@ class Settings(Section):
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     vision: VisionSettings = VisionSettings()
+    transport: TransportSettings = TransportSettings()
     http: HttpSettings = HttpSettings()
     media: MediaSettings = MediaSettings()
     logs: LogSettings = LogSettings()

@@ -19,8 +19,14 @@ from foveate.config import LogLevel
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The id of the HTTP request that the current task works for, or ``-``."""
 
+STAGES = (
+    "fetch", "picture_decode", "slice", "queue", "encode", "write", "wait", "read", "prefill", "decode",
+)  # fmt: skip
+"""What a request goes through: its pictures are fetched, decoded, cut, wait for the encoder, are encoded, and written;
+then it waits for the engine, its embeddings are read, its prompt is prefilled, and its answer is decoded."""
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
 _TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -91,13 +97,51 @@ class EngineCollector(Collector):
                 yield GaugeMetricFamily(f"foveate_engine_{name}", help_text, value=self._stats[name])
 
 
+class VisionCollector(Collector):
+    """Shows what the vision services say of themselves under ``foveate_vision_``, as of the last :meth:`update`."""
+
+    def __init__(self) -> None:
+        self._services: Mapping[str, Mapping[str, float]] = {}
+        self._transports: Mapping[str, str] = {}
+
+    def update(self, services: Mapping[str, Mapping[str, float]], transports: Mapping[str, str]) -> None:
+        """Show these from now on.
+
+        Args:
+            services: each service's numbers, by its address; none for one that is away.
+            transport: how each service's rows reach the engine; empty for one that is away.
+        """
+        self._services, self._transports = services, transports
+
+    def describe(self) -> Iterator[Metric]:
+        """Name nothing in advance: what is shown depends on the services."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each number that any service gave."""
+        up = GaugeMetricFamily("foveate_vision_up", "Whether the service can be used", labels=["service", "transport"])
+        for service, transport in self._transports.items():
+            up.add_metric([service, transport], float(bool(transport)))
+        yield up
+        for name in sorted({name for values in self._services.values() for name in values}):
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            words = name.removesuffix("_total").replace("_", " ")
+            family = kind(f"foveate_vision_{name}", f"Of a vision service: {words}", labels=["service"])
+            for service, values in self._services.items():
+                if name in values:
+                    family.add_metric([service], values[name])
+            yield family
+
+
 class Metrics:
     """What the API process counts and times. All times are in seconds."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.engine = EngineCollector()
+        self.vision = VisionCollector()
         registry.register(self.engine)
+        registry.register(self.vision)
         self.running = Gauge("foveate_requests_running", "Chat completions under way", registry=registry)
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
@@ -114,9 +158,15 @@ class Metrics:
         def histogram(name: str, help_text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(f"foveate_{name}_seconds", help_text, buckets=buckets, registry=registry)
 
-        self.fetch_seconds = histogram("picture_fetch", "Fetching one picture")
-        self.encode_seconds = histogram("picture_encode", "Encoding one picture, with its wait for it")
-        self.prefill_seconds = histogram("prefill", "From the engine's queue to the first token")
+        self.stage_seconds = Histogram(
+            "foveate_stage_seconds",
+            "What each stage takes: those up to write for one picture, the others for one answer",
+            ["stage"],
+            buckets=_STAGE_SECONDS,
+            registry=registry,
+        )
+        for stage in STAGES:
+            self.stage_seconds.labels(stage)
         self.ttft_seconds = histogram("time_to_first_token", "From a request's arrival to its first token")
         self.tpot_seconds = histogram("time_per_output_token", "Between tokens, mean of one sequence", _TOKEN_SECONDS)
         self.request_seconds = histogram("request", "From a request's arrival to the end of its answer")

@@ -1,12 +1,12 @@
-"""The process that holds the model: engine and vision encoder, as one child of the API process.
+"""The engine's process, a child of the API process; it may have the vision encoder inside.
 
-``python -m foveate.worker INSTANCE_DIR`` reads ``settings.json`` there and connects to the sockets beside it.
+``python -m foveate.worker INSTANCE_DIR`` reads ``settings.json`` there and connects to the socket beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import secrets
 import sys
 import threading
 import time
@@ -14,132 +14,100 @@ from pathlib import Path
 
 import torch
 import zmq
-from rich.console import Console
-from rich.progress import Progress
 
-from foveate.chat.assets import ModelAssets
-from foveate.checkpoint.load import dummy_model, load_model
-from foveate.config import Settings
+from foveate.chat.assets import ModelFacts
+from foveate.checkpoint.place import load, pick_device, pick_dtype
+from foveate.config import EngineSettings, Settings
 from foveate.engine.core import EngineCore
 from foveate.engine.runner import ModelRunner
 from foveate.engine.scheduler import Scheduler
 from foveate.errors import CheckpointError, ConfigError
 from foveate.kernels import ops
-from foveate.models.config import ModelConfig
-from foveate.models.minicpmv import MiniCPMV
+from foveate.models.qwen2 import Qwen2
 from foveate.telemetry import configure_logging
 from foveate.transport.local import LocalArena
-from foveate.vision.encoder import VisionEncoder
-from foveate.vision.preprocess import Pixels
-from foveate.vision.service import VisionService
+from foveate.transport.sources import Sources
+from foveate.vision.process import make_server
 
 logger = logging.getLogger("foveate.worker")
 
 _LONGEST = 32768
 _SMALL_BYTES = 64 * 2**20
+_ENCODER_SECONDS = 300.0
 
 
-def pick_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there.
+def build(settings: Settings, local: LocalArena | None) -> EngineCore:
+    """Load the language model and put the engine around it.
 
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: {name} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn ``auto``, ``float32`` or ``bfloat16`` into a type."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def build(settings: Settings) -> tuple[EngineCore, VisionService]:
-    """Load the model and put engine and encoder around it.
+    Args:
+        settings: the whole service's.
+        local: where an encoder in this process leaves its rows, if there is one.
 
     Raises:
         ConfigError: a setting is impossible on this machine.
         CheckpointError: the checkpoint cannot be served.
     """
-    if settings.model.model is None:
-        raise ConfigError("model: the worker needs a folder")
-    folder = Path(settings.model.model)
     device = pick_device(settings.model.device)
     dtype = pick_dtype(settings.model.dtype, device)
-    assets = ModelAssets.from_folder(folder)
-    model = _load(settings, folder, device, dtype)
-    encoder = VisionEncoder(
-        model.vision,
-        mean=assets.pictures.norm_mean,
-        std=assets.pictures.norm_std,
-        batch_size=settings.vision.vision_batch_size,
-    )
-    reserved = _activation_bytes(model, encoder, settings, assets) if device.type == "cuda" else 0
-    runner = ModelRunner(model.language, settings.engine, _max_seq_len(settings, assets), reserved_bytes=reserved)
+    model = load(settings.model, device, dtype, part="language").language
+    facts = ModelFacts.from_folder(settings.model.model or "")
+    reserved = _activation_bytes(model, settings.engine) if device.type == "cuda" else 0
+    runner = ModelRunner(model, settings.engine, _max_seq_len(settings, facts), reserved_bytes=reserved)
     scheduler = Scheduler(settings.engine, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len)
-    arena = LocalArena(f"local-{id(runner):x}")
-    core = EngineCore(
-        runner, scheduler, arena, eos_token_ids=frozenset(assets.eos_token_ids), max_seq_len=runner.max_seq_len
-    )
     if device.type == "cpu":
         torch.set_num_threads(settings.model.threads or _decode_threads(model))
-    identity = hashlib.sha256(f"{folder.resolve()} {model.config} {dtype}".encode()).hexdigest()
-    return core, VisionService(encoder, arena, assets.pictures, settings, identity)
+    return EngineCore(
+        runner,
+        scheduler,
+        Sources(device, local),
+        eos_token_ids=frozenset(facts.eos_token_ids),
+        max_seq_len=runner.max_seq_len,
+    )
 
 
-def _load(settings: Settings, folder: Path, device: torch.device, dtype: torch.dtype) -> MiniCPMV:
-    if settings.model.load_format == "dummy":
-        return dummy_model(ModelConfig.from_folder(folder), device, dtype)
-    # Shown where somebody is looking, and only while there is something to wait for.
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(f"Loading {folder.name}", total=None)
-        return load_model(
-            folder, device, dtype, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
-
-
-def _decode_threads(model: MiniCPMV) -> int:
+def _decode_threads(model: Qwen2) -> int:
     """Choose the decoder's threads: with weights that fit a core's cache, waking the others costs more than they do."""
-    size = sum(parameter.nbytes for parameter in model.language.parameters())
+    size = sum(parameter.nbytes for parameter in model.parameters())
     return 1 if size < _SMALL_BYTES else torch.get_num_threads()
 
 
-def _max_seq_len(settings: Settings, assets: ModelAssets) -> int:
-    trained = assets.max_position_embeddings
+def _max_seq_len(settings: Settings, facts: ModelFacts) -> int:
+    trained = facts.max_position_embeddings
     wanted = settings.engine.max_seq_len or min(trained, _LONGEST)
     if wanted > trained:
         raise ConfigError(f"max_seq_len: got {wanted}, and the model was trained for {trained} tokens at most")
     return wanted
 
 
-def _activation_bytes(model: MiniCPMV, encoder: VisionEncoder, settings: Settings, assets: ModelAssets) -> int:
-    """Measure what the largest step of the decoder and of the encoder need beside the weights."""
-    device = encoder.device
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    side = assets.pictures.scale_resolution // assets.pictures.patch_size
-    # A slice may have a few patches more than the square, after rounding to whole ones.
-    patches = torch.zeros((side + 1) * (side + 2), 3 * assets.pictures.patch_size**2, dtype=torch.uint8).numpy()
-    pixels = Pixels(patches, ((side + 1, side + 2),))
-    encoder.encode([pixels] * settings.vision.vision_batch_size)
-    config = model.language.config
-    x = torch.zeros(settings.engine.max_num_tokens, config.hidden_size, dtype=encoder.dtype, device=device)
-    positions = torch.arange(len(x), device=device)
+def _activation_bytes(model: Qwen2, settings: EngineSettings) -> int:
+    """Measure what the largest step needs beside the weights."""
+    weight = model.embed_tokens.weight
+    torch.cuda.reset_peak_memory_stats(weight.device)
+    before = torch.cuda.memory_allocated(weight.device)
+    x = torch.zeros(settings.max_num_tokens, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+    positions = torch.arange(len(x), device=weight.device)
     with torch.inference_mode():
-        model.language.logits(model.language(x, positions, lambda _layer, query, _key, _value: query)[-8:])
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+        model.logits(model(x, positions, lambda _layer, query, _key, _value: query)[-8:])
+    torch.cuda.synchronize(weight.device)
+    return torch.cuda.max_memory_allocated(weight.device) - before
+
+
+def _start_encoder(settings: Settings, instance: Path, local: LocalArena) -> None:
+    """Serve the vision encoder from a thread of this process."""
+    device = pick_device(settings.vision.vision_device or settings.model.device)
+    server = make_server(settings, device, lambda: local)
+    listen = f"unix:{instance}/vision.sock"
+    threading.Thread(target=server.run, args=(listen,), name="vision", daemon=True).start()
+
+
+def _await_encoder(settings: Settings, instance: Path) -> None:
+    """Let an encoder that shares the GPU take its memory first: what is left is planned for keys and values."""
+    shares = settings.vision.encoder == "own" and pick_device(settings.model.device).type == "cuda"
+    deadline = time.monotonic() + _ENCODER_SECONDS
+    while shares and not (instance / "arena.sock").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"the vision service did not take its memory within {_ENCODER_SECONDS:.0f} s")
+        time.sleep(0.05)
 
 
 def main() -> None:
@@ -149,7 +117,11 @@ def main() -> None:
     configure_logging(settings.logs.log_level)
     started = time.monotonic()
     try:
-        core, vision = build(settings)
+        local = LocalArena(f"local-{secrets.token_hex(6)}") if settings.vision.encoder == "engine" else None
+        if local is not None:
+            _start_encoder(settings, instance, local)
+        _await_encoder(settings, instance)
+        core = build(settings, local)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
@@ -158,16 +130,10 @@ def main() -> None:
         time.monotonic() - started, core.runner.device, core.runner.dtype, core.runner.num_blocks,
         core.runner.block_size, ops.implementations(core.runner.device),
     )  # fmt: skip
-    context = zmq.Context()
-
-    def connected(name: str) -> zmq.Socket[bytes]:
-        socket = context.socket(zmq.DEALER)
-        socket.set_hwm(0)
-        socket.connect(f"ipc://{instance}/{name}.ipc")
-        return socket
-
-    threading.Thread(target=vision.serve, args=(connected("vision"),), name="vision", daemon=True).start()
-    core.serve(connected("engine"))
+    socket = zmq.Context().socket(zmq.DEALER)
+    socket.set_hwm(0)
+    socket.connect(f"ipc://{instance}/engine.ipc")
+    core.serve(socket)
 
 
 if __name__ == "__main__":

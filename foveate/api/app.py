@@ -83,7 +83,7 @@ def create_app(
     app.add_middleware(RequestScope, metrics=metrics)
     _add_chat(app, service, settings.http.max_body_bytes)
     _add_models(app, model_name, engine)
-    _add_status(app, model_name, engine, metrics)
+    _add_status(app, model_name, engine, vision, metrics)
     return app
 
 
@@ -125,7 +125,7 @@ def _add_models(app: FastAPI, model_name: str, engine: EngineClient) -> None:
         return json_response(model())
 
 
-def _add_status(app: FastAPI, model_name: str, engine: EngineClient, metrics: Metrics) -> None:
+def _add_status(app: FastAPI, model_name: str, engine: EngineClient, vision: VisionClient, metrics: Metrics) -> None:
     @app.get("/health", openapi_extra=docs.STATUS)
     async def health() -> Response:
         """Say that this process lives."""
@@ -133,9 +133,11 @@ def _add_status(app: FastAPI, model_name: str, engine: EngineClient, metrics: Me
 
     @app.get("/ready", openapi_extra=docs.STATUS)
     async def ready() -> Response:
-        """Say whether requests will be answered: 200, or 503 and why not."""
+        """Say whether requests will be answered: 200, or 503 and why not. Without pictures, it is ``degraded``."""
         if engine.ready is None:
             raise Unavailable("The engine is not ready: it is loading its model, or is being restarted.")
+        if problems := vision.problems:
+            return json_response({"status": "degraded", "problems": problems})
         return json_response({"status": "ready"})
 
     @app.get("/version", openapi_extra=docs.STATUS)
@@ -146,7 +148,13 @@ def _add_status(app: FastAPI, model_name: str, engine: EngineClient, metrics: Me
     @app.get("/metrics", openapi_extra=docs.METRICS)
     async def show_metrics() -> Response:
         """Show counters and times in Prometheus' format."""
-        metrics.engine.update(await _engine_stats(engine))
+        engine_stats, *vision_stats = await asyncio.gather(
+            _engine_stats(engine), *(encoder.stats() for encoder in vision.encoders)
+        )
+        metrics.engine.update(engine_stats)
+        names = [encoder.name for encoder in vision.encoders]
+        transports = {one.name: one.transport if one.usable else "" for one in vision.encoders}
+        metrics.vision.update(dict(zip(names, vision_stats, strict=True)), transports)
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from foveate.api.pictures import Picture, PictureLoader, find_pictures
 from foveate.api.sampling import sampling_params
 from foveate.api.schema import ChatCompletionRequest, ImageContent
+from foveate.api.timing import StageTimes
 from foveate.chat.assets import ModelAssets
 from foveate.chat.pieces import Prompt
 from foveate.chat.template import Message, PicturePart, TextPart
@@ -42,6 +42,8 @@ class PlannedChat:
         skip_special_tokens: whether special tokens are left out of the answer's text.
         n: how many answers.
         arrived: when it came, on the clock of :func:`time.perf_counter`.
+        times: where its time goes.
+        tell_times: whether the answer says so.
     """
 
     id: str
@@ -52,6 +54,8 @@ class PlannedChat:
     skip_special_tokens: bool
     n: int
     arrived: float
+    times: StageTimes
+    tell_times: bool
 
 
 class ChatService:
@@ -83,7 +87,6 @@ class ChatService:
         self.engine = engine
         self.metrics = metrics
         self._max_images = media.max_images_per_request
-        self._vision = vision
         self._loader = PictureLoader(media, assets.pictures, fetcher, vision, metrics)
         tokenizer = assets.tokenizer
         self._longest_token = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
@@ -101,9 +104,10 @@ class ChatService:
         limits = self.engine.ready
         if limits is None:
             raise _not_ready()
+        times = StageTimes(self.metrics)
         refs = find_pictures(request, self.assets.pictures, self._max_images)
         self._check_text_length(request, limits)
-        pictures = await self._loader.load(refs)
+        pictures = await self._loader.load(refs, times)
         prompt = await self._write_prompt(request, pictures)
         sampling = sampling_params(
             request,
@@ -120,6 +124,8 @@ class ChatService:
             skip_special_tokens=request.skip_special_tokens is not False,
             n=request.n or 1,
             arrived=arrived,
+            times=times,
+            tell_times=request.timings is True,
         )
 
     async def run(self, chat: PlannedChat) -> AsyncGenerator[Chunk, None]:
@@ -128,15 +134,15 @@ class ChatService:
         Raises:
             FoveateError: as the encoder and the engine say.
         """
-        encoded = await self._loader.encode(chat.pictures)
+        encoded = await self._loader.encode(chat.pictures, chat.times)
         chat.pictures.clear()
         # Nothing is awaited from here until the engine owns the handles; but it may have died meanwhile.
         if self.engine.ready is None:
             for one in encoded:
-                self._vision.release(one)
+                one.release()
             raise _not_ready()
         slots = [
-            ImageSlot(ranges=ranges, handle=one.handle)
+            ImageSlot(ranges=ranges, embeddings=one.embeddings)
             for ranges, one in zip(chat.prompt.image_ranges, encoded, strict=True)
         ]
         generate = Generate(
@@ -146,13 +152,10 @@ class ChatService:
             images=slots,
             n=chat.n,
         )
-        sent = time.perf_counter()
-        first = True
         async with contextlib.aclosing(self.engine.generate(generate)) as chunks:
             async for chunk in chunks:
-                if first:
-                    first = False
-                    self.metrics.prefill_seconds.observe(time.perf_counter() - sent)
+                if chunk.times is not None:
+                    chat.times.add_first_token(chunk.times)
                 yield chunk
 
     def _check_text_length(self, request: ChatCompletionRequest, limits: Ready) -> None:

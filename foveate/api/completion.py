@@ -71,7 +71,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to a request that does not stream. ``created`` is in Unix seconds."""
+    """The answer to a request that does not stream. ``created`` is in Unix seconds, ``timings`` are in seconds."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -80,6 +80,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[Choice]
     usage: Usage
     system_fingerprint: str
+    timings: dict[str, float] | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -99,7 +100,10 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a stream. If the request asked for ``usage``, it is null until the last event."""
+    """One event of a stream. If the request asked for ``usage``, it is null until the last event.
+
+    ``timings``, if asked for, are in the last event.
+    """
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -108,6 +112,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
+    timings: dict[str, float] | UnsetType = UNSET
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from foveate.api.schema import ChatCompletionRequest, ImageContent
+from foveate.api.timing import StageTimes
 from foveate.chat.assets import PictureSettings
 from foveate.config import MediaSettings
 from foveate.errors import FetchError, InvalidRequest, PictureError
@@ -15,8 +16,8 @@ from foveate.media.fetch import MediaFetcher
 from foveate.media.image import probe
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.telemetry import Metrics
-from foveate.vision.client import VisionClient
-from foveate.vision.messages import Encoded
+from foveate.vision.client import PictureRefused, VisionClient
+from foveate.vision.remote import Encoded, PictureTask
 
 T = TypeVar("T")
 
@@ -118,28 +119,40 @@ class PictureLoader:
         self._vision = vision
         self._metrics = metrics
 
-    async def load(self, refs: Sequence[PictureRef]) -> list[Picture]:
+    async def load(self, refs: Sequence[PictureRef], times: StageTimes) -> list[Picture]:
         """Fetch all at once, each URL once, and plan their slices.
 
         Raises:
             PictureError, FetchError: one cannot be had; the message has its number and ``param`` its path.
         """
         first_of = {ref.url: ref for ref in reversed(refs)}
-        datas = await gather_or_cancel([self._fetch(ref) for ref in first_of.values()])
+        datas = await gather_or_cancel([self._fetch(ref, times) for ref in first_of.values()])
         data_of = dict(zip(first_of, datas, strict=True))
         return [await self._plan(ref, data_of[ref.url]) for ref in refs]
 
-    async def encode(self, pictures: Sequence[Picture]) -> list[Encoded]:
+    async def encode(self, pictures: Sequence[Picture], times: StageTimes) -> list[Encoded]:
         """Have all encoded at once. The caller owns the handles; after an error they are released.
 
         Raises:
             PictureError: one is broken; the message has its number and ``param`` its path.
             Overloaded, Unavailable, EngineError: the encoder refuses, is away or failed.
         """
-        return await gather_or_cancel([self._encode(picture) for picture in pictures], self._vision.release)
+        if not pictures:
+            return []
+        tasks = [PictureTask(one.data, one.ref.max_slice_nums, one.plan.num_slices) for one in pictures]
+        try:
+            encoded = await self._vision.encode(tasks)
+        except PictureRefused as refused:
+            if isinstance(refused.error, PictureError):
+                raise _named(pictures[refused.index].ref, refused.error) from refused
+            raise refused.error from refused
+        for one in encoded:
+            self._metrics.pictures.labels(str(one.cached).lower()).inc()
+            times.add_encoding(one.timings)
+        return encoded
 
-    async def _fetch(self, ref: PictureRef) -> bytes:
-        with self._metrics.fetch_seconds.time():
+    async def _fetch(self, ref: PictureRef, times: StageTimes) -> bytes:
+        with times.measure("fetch"):
             try:
                 return await self._fetcher.fetch(ref.url)
             except (PictureError, FetchError) as error:
@@ -160,32 +173,19 @@ class PictureLoader:
         )
         return Picture(ref, data, plan)
 
-    async def _encode(self, picture: Picture) -> Encoded:
-        with self._metrics.encode_seconds.time():
-            try:
-                encoded = await self._vision.encode(picture.data, max_slice_nums=picture.ref.max_slice_nums)
-            except PictureError as error:
-                raise _named(picture.ref, error) from error
-        self._metrics.pictures.labels(str(encoded.cached).lower()).inc()
-        return encoded
-
 
 def _named(ref: PictureRef, error: InvalidRequest) -> InvalidRequest:
     """Say which picture it was."""
     return type(error)(f"Picture {ref.number} ({ref.path}): {error.message}", param=ref.path)
 
 
-async def gather_or_cancel(
-    work: Sequence[Coroutine[Any, Any, T]], undo: Callable[[T], object] | None = None
-) -> list[T]:
-    """Do everything at once; if a part fails or the caller is cancelled, end all and undo what was done."""
+async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do everything at once; if a part fails or the caller is cancelled, end all."""
     tasks = [asyncio.ensure_future(part) for part in work]
     try:
         return await asyncio.gather(*tasks)
     except BaseException:
         for task in tasks:
             task.cancel()
-        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-            if undo is not None and not isinstance(outcome, BaseException):
-                undo(outcome)
+        await asyncio.gather(*tasks, return_exceptions=True)
         raise

@@ -145,6 +145,7 @@ class Completion:
             choices=[self._choice(parts) for parts in pieces],
             usage=self._usage(),
             system_fingerprint=self._fingerprint,
+            timings=self._timings(),
         )
 
     async def events(self, include_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -169,8 +170,8 @@ class Completion:
                 if piece.reason is not None:
                     end = ChunkChoice(piece.index, Delta(), finish_reason=piece.reason)
                     yield self._event([end], no_usage)
-        if include_usage:
-            yield self._event([], self._usage())
+        if include_usage or self._chat.tell_times:
+            yield self._event([], self._usage() if include_usage else UNSET, self._timings())
         yield DONE
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
@@ -207,6 +208,7 @@ class Completion:
             metrics.completion_tokens.inc(answer.num_tokens)
             if answer.seconds_per_token is not None:
                 metrics.tpot_seconds.observe(answer.seconds_per_token)
+                self._chat.times.add("decode", answer.seconds_per_token * (answer.num_tokens - 1))
 
     def _choice(self, pieces: Sequence[Piece]) -> Choice:
         """Join one answer's pieces."""
@@ -225,7 +227,17 @@ class Completion:
         details = PromptTokensDetails(self._answers[0].num_cached_tokens, prompt.num_image_tokens)
         return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, details)
 
-    def _event(self, choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
+    def _timings(self) -> dict[str, float] | msgspec.UnsetType:
+        if not self._chat.tell_times:
+            return UNSET
+        return self._chat.times.summary(time.perf_counter() - self._chat.arrived)
+
+    def _event(
+        self,
+        choices: list[ChunkChoice],
+        usage: Usage | msgspec.UnsetType | None,
+        timings: dict[str, float] | msgspec.UnsetType = UNSET,
+    ) -> bytes:
         chunk = ChatCompletionChunk(
             id=self._chat.id,
             created=self._created,
@@ -233,5 +245,6 @@ class Completion:
             choices=choices,
             usage=usage,
             system_fingerprint=self._fingerprint,
+            timings=timings,
         )
         return event(self._encoder.encode(chunk))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -34,14 +34,12 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0)] = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ModelAssets:
-    """Everything that the API process reads from a checkpoint's folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a checkpoint's folder says in a few lines, for processes that see tokens but no text.
 
     Attributes:
         name: the folder's name.
-        tokenizer: text to ids and back.
-        template: conversations to pieces of a prompt.
         pictures: how pictures are cut and written into prompts.
         generation: defaults for choosing tokens.
         eos_token_ids: ids that end an answer.
@@ -51,14 +49,35 @@ class ModelAssets:
     """
 
     name: str
-    tokenizer: Tokenizer
-    template: ChatTemplate
     pictures: PictureSettings
     generation: GenerationDefaults
     eos_token_ids: list[int]
     max_position_embeddings: int
     vocab_size: int
     hidden_size: int
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> ModelFacts:
+        """Read a checkpoint in the published layout, without its weights and its tokenizer.
+
+        Raises:
+            CheckpointError: a file is missing or malformed, or two of them do not fit together. The message
+                names the file and the key.
+        """
+        return ModelFacts(**_facts(Path(path).resolve()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelAssets(ModelFacts):
+    """Everything that the API process reads from a checkpoint's folder.
+
+    Attributes:
+        tokenizer: text to ids and back.
+        template: conversations to pieces of a prompt.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelAssets:
@@ -69,46 +88,51 @@ class ModelAssets:
                 names the file and the key.
         """
         folder = Path(path).resolve()
-        config = _read(folder / "config.json", _Config)
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-        pictures = _read(folder / "preprocessor_config.json", PictureSettings)
-        generation_file = folder / "generation_config.json"
-        has_generation = generation_file.exists()
-        eos = _read(generation_file, _Eos).eos_token_id if has_generation else None
-        assets = cls(
-            name=folder.name,
-            tokenizer=tokenizer,
-            template=_read_template(folder),
-            pictures=pictures,
-            generation=_read(generation_file, GenerationDefaults) if has_generation else GenerationDefaults(),
-            eos_token_ids=_listed(eos) or _listed(config.eos_token_id),
-            max_position_embeddings=config.max_position_embeddings,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-        )
-        assets._check(folder, config.query_num)
+        assets = cls(**_facts(folder), tokenizer=tokenizer, template=_read_template(folder))
+        assets._check_tokenizer(folder)
         return assets
 
-    def _check(self, folder: Path, query_num: int) -> None:
+    def _check_tokenizer(self, folder: Path) -> None:
         """Refuse files that contradict each other."""
-        config = folder / "config.json"
-        if not self.eos_token_ids:
-            raise CheckpointError(f"{config}: eos_token_id is missing, and generation_config.json has none either")
-        for id_ in self.eos_token_ids:
-            if id_ >= self.vocab_size:
-                raise CheckpointError(f"{config}: eos_token_id {id_} is not below vocab_size {self.vocab_size}")
         if self.tokenizer.vocab_size > self.vocab_size:
             size = self.tokenizer.vocab_size
-            raise CheckpointError(f"{config}: vocab_size {self.vocab_size} is below tokenizer.json's {size}")
-        preprocessor = folder / "preprocessor_config.json"
-        if (size := self.pictures.query_num) != query_num:
-            raise CheckpointError(
-                f"{preprocessor}: image_feature_size {size} is not config.json's query_num {query_num}"
-            )
+            message = f"{folder / 'config.json'}: vocab_size {self.vocab_size} is below tokenizer.json's {size}"
+            raise CheckpointError(message)
         for key in ("im_start", "im_end", "slice_start", "slice_end", "unk", "im_id_start", "im_id_end"):
             token = getattr(self.pictures, key)
             if self.tokenizer.token_id(token) is None:
-                raise CheckpointError(f"{preprocessor}: {key} {token!r} is not an added token of tokenizer.json")
+                path = folder / "preprocessor_config.json"
+                raise CheckpointError(f"{path}: {key} {token!r} is not an added token of tokenizer.json")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Read the fields of :class:`ModelFacts`, and refuse files that contradict each other."""
+    config_file, preprocessor_file = folder / "config.json", folder / "preprocessor_config.json"
+    config = _read(config_file, _Config)
+    pictures = _read(preprocessor_file, PictureSettings)
+    generation_file = folder / "generation_config.json"
+    has_generation = generation_file.exists()
+    eos = _read(generation_file, _Eos).eos_token_id if has_generation else None
+    eos_token_ids = _listed(eos) or _listed(config.eos_token_id)
+    if not eos_token_ids:
+        raise CheckpointError(f"{config_file}: eos_token_id is missing, and generation_config.json has none either")
+    for id_ in eos_token_ids:
+        if id_ >= config.vocab_size:
+            raise CheckpointError(f"{config_file}: eos_token_id {id_} is not below vocab_size {config.vocab_size}")
+    if (size := pictures.query_num) != config.query_num:
+        raise CheckpointError(
+            f"{preprocessor_file}: image_feature_size {size} is not config.json's query_num {config.query_num}"
+        )
+    return {
+        "name": folder.name,
+        "pictures": pictures,
+        "generation": _read(generation_file, GenerationDefaults) if has_generation else GenerationDefaults(),
+        "eos_token_ids": eos_token_ids,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+    }
 
 
 class _Config(msgspec.Struct):

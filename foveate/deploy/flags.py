@@ -101,13 +101,16 @@ def _without_null(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(choice for choice in choices if choice.get("type") != "null")
 
 
-def settings_command(run: Callable[[Settings], int]) -> Callable[..., int]:
-    """Make a command of the command line that takes every setting as a flag.
+def settings_command(
+    run: Callable[[Settings], int], takes: Callable[[Flag], bool] = lambda flag: True
+) -> Callable[..., int]:
+    """Make a command of the command line that takes settings as flags.
 
     Args:
         run: gets the validated settings and returns the exit code. Its docstring is the command's help.
+        takes: says of each setting whether it means anything to the command; if not given, all do.
     """
-    signature = inspect.Signature([_parameter(flag) for flag in flags()], return_annotation=int)
+    signature = inspect.Signature([_parameter(flag) for flag in flags() if takes(flag)], return_annotation=int)
 
     def command(*args: list[Token], **kwargs: list[Token]) -> int:
         return run(settings_from(signature.bind(*args, **kwargs).arguments))

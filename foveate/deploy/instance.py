@@ -16,7 +16,7 @@ from foveate.errors import ConfigError
 PREFIX = "foveate-"
 MAX_PATH_BYTES = 107
 """The longest path of a unix socket that Linux takes."""
-_LONGEST_NAME = "/foveate-12345678/vision.ipc"
+_LONGEST_NAME = "/foveate-12345678/vision.sock"
 _LOCK = "instance.lock"
 
 
@@ -24,7 +24,7 @@ _LOCK = "instance.lock"
 def instance_directory(settings: Settings) -> Iterator[Path]:
     """Make the directory (mode 0700) with ``settings.json`` inside, and remove it in the end.
 
-    The API key is left out of the file: the children have no use for it. What servers that were killed left
+    The secrets are left out of the file: the children have no use for them. What servers that were killed left
     behind is removed on the way.
 
     Raises:
@@ -41,7 +41,12 @@ def instance_directory(settings: Settings) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # It gets its name when it is held, so that nobody can take it in between.
             (directory / "new").rename(directory / _LOCK)
-            public = settings.model_copy(update={"http": settings.http.model_copy(update={"api_key": None})})
+            public = settings.model_copy(
+                update={
+                    "http": settings.http.model_copy(update={"api_key": None}),
+                    "vision": settings.vision.model_copy(update={"vision_token": None}),
+                }
+            )
             (directory / "settings.json").write_text(public.model_dump_json(), encoding="utf-8")
             yield directory
     finally:

@@ -1,8 +1,7 @@
-"""``foveate serve``: the API in this process, the engine and the vision encoder in a child of its own.
+"""``foveate serve``: the API in this process, the engine and the vision service in a child each.
 
 The order is chosen for a quick start and a clean end: settings and port are checked before anything is
-started, the child comes up while this process imports its own half, and the child ends after the last
-request.
+started, the children come up while this process imports its own half, and they end after the last request.
 """
 
 from __future__ import annotations
@@ -57,21 +56,26 @@ def serve(settings: Settings) -> int:
         settings = settings.model_copy(update={"model": model.settings})
         print(f"Loading {model.name} from {model.folder} ...", flush=True)
         with instance_directory(settings) as directory:
-            child = Child([sys.executable, "-m", "foveate.worker", str(directory)])
-            child.start()
+            worker = Child([sys.executable, "-m", "foveate.worker", str(directory)])
+            encoder = Child([sys.executable, "-m", "foveate.vision.process", str(directory)])
+            has_encoder = settings.vision.encoder == "own"
             try:
-                service = Service(settings, model, listener, directory, child)
+                worker.start()
+                if has_encoder:
+                    encoder.start()
+                service = Service(settings, model, listener, directory, worker, encoder if has_encoder else None)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     return runner.run(service.run())
             finally:
-                child.kill()
+                worker.kill()
+                encoder.kill()
 
 
-command = settings_command(serve)
+command = settings_command(serve, takes=lambda flag: flag.field != "listen")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, with the signals left to :class:`Service`, which has a child to end as well."""
+    """Uvicorn, with the signals left to :class:`Service`, which has children to end as well."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -80,15 +84,18 @@ class Server(uvicorn.Server):
 
 
 class Service:
-    """The running service: HTTP server, clients of the child, and the child's supervision.
+    """The running service: HTTP server, clients of the children, and the children's supervision.
+
+    Without its engine there is no server; without its vision service it goes on answering text.
 
     Args:
         settings: as resolved.
         model: what is served.
         listener: the bound and listening socket.
         directory: the instance's directory.
-        child: the started worker.
-        policy: when it is started again; the default one if not given.
+        worker: the started engine.
+        encoder: the started vision service, if it is a process of its own.
+        policy: when they are started again; the default one if not given.
     """
 
     def __init__(
@@ -97,12 +104,14 @@ class Service:
         model: ResolvedModel,
         listener: socket,
         directory: Path,
-        child: Child,
+        worker: Child,
+        encoder: Child | None = None,
         policy: RestartPolicy | None = None,
     ) -> None:
-        # This takes a second, in which the child, which is already running, imports torch.
+        # This takes a second, in which the children, which are already running, import torch.
         from foveate.api.app import create_app
         from foveate.chat.assets import ModelAssets
+        from foveate.checkpoint.identity import identity
         from foveate.engine.client import EngineClient
         from foveate.vision.client import VisionClient
 
@@ -110,10 +119,17 @@ class Service:
         self.listener = listener
         self.url = url_of(listener)
         self.has_key = settings.http.api_key is not None
-        self.child = child
+        self.worker = worker
+        self.encoder = encoder
         self.policy = policy
         self.engine: EngineClient = EngineClient(f"ipc://{directory}/engine.ipc")
-        self.vision: VisionClient = VisionClient(f"ipc://{directory}/vision.ipc")
+        self.vision: VisionClient = VisionClient(
+            None if settings.vision.encoder == "none" else f"unix:{directory}/vision.sock",
+            settings.vision,
+            self.engine,
+            transport=settings.transport.transport,
+            identity=identity(model.folder, dummy=model.settings.load_format == "dummy"),
+        )
         assets = ModelAssets.from_folder(model.folder)
         app = create_app(settings, assets, model.name, self.engine, self.vision)
         self.server = Server(
@@ -133,7 +149,7 @@ class Service:
         self._interrupted = False
 
     async def run(self) -> int:
-        """Serve until a signal comes or the child is given up; return the exit code."""
+        """Serve until a signal comes or the engine is given up; return the exit code."""
         loop = asyncio.get_running_loop()
         main = asyncio.current_task()
         assert main is not None
@@ -142,36 +158,61 @@ class Service:
         await self.engine.start()
         await self.vision.start()
         serving = asyncio.create_task(self.server.serve([self.listener]))
-        watching = asyncio.create_task(keep_alive(self.child, self._on_death, policy=self.policy))
+        watching = asyncio.create_task(keep_alive(self.worker, self._on_death, policy=self.policy))
+        looking = asyncio.create_task(self._keep_looking())
         announcing = asyncio.create_task(self._announce())
         try:
-            await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
-            return await self._end(serving, watching)
+            await asyncio.wait({serving, watching, looking}, return_when=asyncio.FIRST_COMPLETED)
+            return await self._end(serving, watching, looking)
         except asyncio.CancelledError:
             # The second signal: nothing is waited for any more.
-            self.child.kill()
+            for child in self._children:
+                child.kill()
             return EXIT_INTERRUPTED
         finally:
-            for task in (serving, watching, announcing):
+            for task in (serving, watching, looking, announcing):
                 task.cancel()
-            await asyncio.gather(serving, watching, announcing, return_exceptions=True)
-            await self.engine.close()
+            await asyncio.gather(serving, watching, looking, announcing, return_exceptions=True)
             await self.vision.close()
+            await self.engine.close()
 
-    async def _end(self, serving: asyncio.Task[None], watching: asyncio.Task[None]) -> int:
+    @property
+    def _children(self) -> list[Child]:
+        return [self.worker, *([self.encoder] if self.encoder else [])]
+
+    async def _keep_looking(self) -> None:
+        """Keep the vision service alive. Ends only by cancellation, or if it can never have worked.
+
+        Raises:
+            ChildFailed: its settings or its checkpoint are at fault.
+        """
+        if self.encoder is not None:
+            try:
+                await keep_alive(self.encoder, self._on_blindness, name="the vision service", policy=self.policy)
+            except ChildFailed as failure:
+                if failure.exit_code is not None:
+                    raise
+                logger.error("%s; from now on pictures are refused", failure)
+                self.vision.own_lost(str(failure), returning=False)
+        await asyncio.Event().wait()
+
+    async def _end(self, serving: asyncio.Task[None], watching: asyncio.Task[None], looking: asyncio.Task[None]) -> int:
         """End what is still running, the HTTP server first, and return the exit code."""
         code = 0
-        failure = watching.exception() if watching.done() else None
+        failure = next((task.exception() for task in (watching, looking) if task.done()), None)
         if failure is not None:
             if not isinstance(failure, ChildFailed):
                 raise failure
-            print(f"error: {failure}", file=sys.stderr, flush=True)
+            if failure.exit_code is None:
+                # With a final exit code the child itself has said what is wrong.
+                print(f"error: {failure}", file=sys.stderr, flush=True)
             code = failure.exit_code or EXIT_CHILD_FAILED
             self.server.should_exit = True
         await serving
-        # Nobody is to start the child again while it is being ended.
-        watching.cancel()
-        await asyncio.to_thread(self.child.stop, CHILD_STOP_SECONDS)
+        # Nobody is to start a child again while it is being ended.
+        for task in (watching, looking):
+            task.cancel()
+        await asyncio.gather(*(asyncio.to_thread(child.stop, CHILD_STOP_SECONDS) for child in self._children))
         return code
 
     def _on_signal(self, main: asyncio.Task[int]) -> None:
@@ -184,14 +225,19 @@ class Service:
 
     def _on_death(self, reason: str) -> None:
         self.engine.disconnected(reason)
-        self.vision.disconnected(reason)
+        if self.encoder is None:
+            self.vision.own_lost(reason, returning=True)
         self._died.set()
 
+    def _on_blindness(self, reason: str) -> None:
+        self.vision.own_lost(reason, returning=True)
+
     async def _announce(self) -> None:
-        """Print that requests are answered now, and again after each restart of the child."""
+        """Print that requests are answered now, and again after each restart of the engine."""
         again = False
         while True:
             ready = await self.engine.wait_ready()
+            await self.vision.wait_usable()
             seconds = None if again else _seconds_since_start()
             print(ready_line(self.url, self.model.name, ready.device, ready.dtype, seconds), flush=True)
             if not again:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.scheduler import ScheduledBatch, ScheduledSeq
-from foveate.engine.state import SequenceState
+from foveate.engine.state import state_of
 from foveate.kernels import ops
 
 
@@ -86,8 +86,7 @@ def build(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> B
 
 
 def _picture_rows(item: ScheduledSeq, row: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    state = item.seq.payload
-    assert isinstance(state, SequenceState)
+    state = state_of(item.seq)
     if state.embeddings is None:
         return []
     first, last = np.searchsorted(state.image_positions, (item.start, item.start + item.num_tokens))

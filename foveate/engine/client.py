@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from foveate.engine.messages import (
     Abort,
+    Attach,
+    Attached,
     Chunk,
     Failure,
     Generate,
@@ -18,6 +21,7 @@ from foveate.engine.messages import (
 )
 from foveate.errors import EngineError, FoveateError, Unavailable, from_wire
 from foveate.transport.channel import Channel
+from foveate.transport.handle import Offer
 
 _RETRY_SECONDS = 2.0
 
@@ -38,6 +42,7 @@ class EngineClient:
         self._arrived = asyncio.Event()
         self._waiting: dict[str, asyncio.Queue[Chunk | FoveateError]] = {}
         self._stats: list[asyncio.Future[Stats]] = []
+        self._attaching: dict[str, asyncio.Future[Attached]] = {}
 
     async def start(self) -> None:
         """Listen for the engine."""
@@ -60,10 +65,12 @@ class EngineClient:
         self._arrived.clear()
         for queue in self._waiting.values():
             queue.put_nowait(EngineError(f"the engine stopped: {reason}"))
-        for future in self._stats:
+        asked: list[asyncio.Future[Any]] = [*self._stats, *self._attaching.values()]
+        for future in asked:
             if not future.done():
                 future.set_exception(Unavailable(f"the engine stopped: {reason}"))
         self._stats.clear()
+        self._attaching.clear()
 
     async def generate(self, request: Generate) -> AsyncGenerator[Chunk, None]:
         """Yield the tokens of all ``n`` sequences as they come, until each has finished.
@@ -94,6 +101,26 @@ class EngineClient:
             if unfinished:
                 self._tell(Abort(request.request_id))
 
+    async def attach(self, offer: Offer, transport: str) -> Attached:
+        """Have the engine reach for an encoder's memory.
+
+        Args:
+            offer: what the encoder says of itself.
+            transport: the one to use, or ``auto`` for the fastest that both sides have.
+
+        Raises:
+            Unavailable: there is no engine, or it cannot use that transport.
+        """
+        future = self._attaching.get(offer.arena)
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
+            self._send(Attach(offer=offer, transport=transport))
+            self._attaching[offer.arena] = future
+        attached = await asyncio.shield(future)
+        if attached.error is not None:
+            raise Unavailable(attached.error)
+        return attached
+
     def abort(self, request_id: str, index: int) -> None:
         """End one sequence of a request whose iterator goes on: its last chunk says ``stop``."""
         self._tell(Abort(request_id, index))
@@ -112,7 +139,7 @@ class EngineClient:
         self._stats.append(future)
         return await future
 
-    def _send(self, request: Generate | GetStats) -> None:
+    def _send(self, request: Generate | Attach | GetStats) -> None:
         if self.ready is None:
             raise Unavailable("the engine is not ready", retry_after=_RETRY_SECONDS)
         self._channel.send(request)
@@ -137,6 +164,10 @@ class EngineClient:
                     if not future.done():
                         future.set_result(reply)
                 self._stats.clear()
+            case Attached():
+                attaching = self._attaching.pop(reply.arena, None)
+                if attaching is not None and not attaching.done():
+                    attaching.set_result(reply)
             case Ready():
                 self.ready = reply
                 self._arrived.set()

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 
 import msgspec
 import numpy as np
 import torch
 import zmq
 
-from foveate.engine.messages import Abort, Chunk, Failure, Generate, GetStats, Ready, Reply, Request, Step
+from foveate.engine.messages import (
+    Abort,
+    Attach,
+    Attached,
+    Chunk,
+    Failure,
+    Generate,
+    GetStats,
+    Ready,
+    Reply,
+    Request,
+    Step,
+)
 from foveate.engine.runner import ModelRunner
 from foveate.engine.sampling import Sampled
 from foveate.engine.scheduler import ScheduledBatch, Scheduler
 from foveate.engine.sequence import ImageSpan, Sequence
-from foveate.engine.state import SequenceState
+from foveate.engine.state import SequenceState, state_of
 from foveate.errors import EngineError, FoveateError, InvalidRequest
-from foveate.transport.handle import EmbeddingHandle, EmbeddingSource
+from foveate.transport.handle import Embeddings
+from foveate.transport.sources import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +45,7 @@ class EngineCore:
     Args:
         runner: runs steps.
         scheduler: decides them.
-        embeddings: where handles are read.
+        sources: where embeddings are read.
         eos_token_ids: the model's own end tokens.
         max_seq_len: most tokens of a prompt and its answer together.
     """
@@ -40,14 +54,14 @@ class EngineCore:
         self,
         runner: ModelRunner,
         scheduler: Scheduler,
-        embeddings: EmbeddingSource,
+        sources: Sources,
         *,
         eos_token_ids: frozenset[int],
         max_seq_len: int,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.embeddings = embeddings
+        self.sources = sources
         self.eos_token_ids = eos_token_ids
         self.max_seq_len = max_seq_len
 
@@ -87,15 +101,27 @@ class EngineCore:
                     return [Step(failures=[_failure(request.request_id, error)])]
             case Abort():
                 self.scheduler.abort(request.request_id, request.index)
+            case Attach():
+                return [self._attach(request)]
             case GetStats():
                 return [self.scheduler.stats()]
         return []
+
+    def _attach(self, request: Attach) -> Attached:
+        try:
+            transport, reader = self.sources.attach(request.offer, request.transport)
+        except FoveateError as error:
+            return Attached(arena=request.offer.arena, error=error.message)
+        return Attached(arena=request.offer.arena, transport=transport, reader=reader)
 
     def step(self) -> Step:
         """Schedule and run one step; a step that fails ends its own requests and nothing else."""
         batch = self.scheduler.schedule()
         if batch is None:
             return Step()
+        now = time.monotonic()
+        for item in batch.items:
+            state_of(item.seq).mark_admitted(now)
         try:
             sampled = self.runner.run(batch)
         except torch.AcceleratorError:
@@ -109,6 +135,7 @@ class EngineCore:
 
     def _chunks(self, batch: ScheduledBatch, sampled: Sampled) -> list[Chunk]:
         results = self.scheduler.update(batch, sampled.token_ids)
+        now = time.monotonic()
         return [
             Chunk(
                 request_id=result.seq.request_id,
@@ -118,6 +145,7 @@ class EngineCore:
                 finish_reason=result.finish_reason,
                 stop_token=result.token_id if result.finish_reason == "stop" else None,
                 num_cached_tokens=result.seq.num_cached_tokens,
+                times=state_of(result.seq).take_times(now),
             )
             for result, logprob in zip(results, sampled.logprobs, strict=True)
         ]
@@ -131,13 +159,15 @@ class EngineCore:
 
     def _add(self, request: Generate) -> None:
         """Queue a request's sequences, all or none, and release its handles either way."""
+        started = time.monotonic()
         try:
-            rows = [self._read(slot.handle, sum(length for _, length in slot.ranges)) for slot in request.images]
+            rows = [self._read(slot.embeddings, sum(length for _, length in slot.ranges)) for slot in request.images]
         finally:
             for slot in request.images:
-                self.embeddings.release(slot.handle)
+                self.sources.release(slot.embeddings)
+        arrived = time.monotonic()
         self._check_ids(request)
-        images = [ImageSpan(slot.ranges, slot.handle.digest) for slot in request.images]
+        images = [ImageSpan(slot.ranges, slot.embeddings.digest) for slot in request.images]
         first = request.sampling.seed
         seqs = [
             Sequence(
@@ -156,15 +186,16 @@ class EngineCore:
         embeddings = torch.cat(rows) if rows else None
         for seq in seqs:
             seed = secrets.randbits(_SEED_BITS) if first is None else first + seq.index
-            self.runner.admit(seq, SequenceState(_signed(seed), embeddings, positions))
+            state = SequenceState(_signed(seed), embeddings, positions, arrived=arrived, read_seconds=arrived - started)
+            self.runner.admit(seq, state)
         self.scheduler.add(*seqs)
 
-    def _read(self, handle: EmbeddingHandle, wanted: int) -> torch.Tensor:
-        rows: torch.Tensor = self.embeddings.read(handle)
+    def _read(self, embeddings: Embeddings, wanted: int) -> torch.Tensor:
+        rows = self.sources.read(embeddings)
         hidden = self.runner.model.config.hidden_size
         if tuple(rows.shape) != (wanted, hidden):
             raise InvalidRequest(f"a picture has embeddings {list(rows.shape)}, and its places need {[wanted, hidden]}")
-        return rows.to(self.runner.device)
+        return rows
 
     def _check_ids(self, request: Generate) -> None:
         """Keep ids from outside the vocabulary away from the device, where they would end more than their request."""

@@ -1,8 +1,9 @@
 """What the API process and the engine say to each other, as msgpack over ZeroMQ.
 
-One direction of requests (:class:`Generate`, :class:`Abort`, :class:`GetStats`), one of replies (:class:`Ready`,
-:class:`Step`, :class:`Stats`). Every request ends with exactly one terminal reply for each of its ``n`` sequences: a
-:class:`Chunk` with a ``finish_reason``, or one :class:`Failure` for the whole request.
+One direction of requests (:class:`Generate`, :class:`Abort`, :class:`Attach`, :class:`GetStats`), one of replies
+(:class:`Ready`, :class:`Step`, :class:`Attached`, :class:`Stats`). Every request ends with exactly one terminal reply
+for each of its ``n`` sequences: a :class:`Chunk` with a ``finish_reason``, or one :class:`Failure` for the whole
+request.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from foveate.transport.handle import EmbeddingHandle
+from foveate.transport.handle import Embeddings, Offer, Transport
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -45,7 +46,7 @@ class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
     """Where one picture's rows go: ``ranges`` of (start, length) in the prompt, filled with the rows in order."""
 
     ranges: list[tuple[int, int]]
-    handle: EmbeddingHandle
+    embeddings: Embeddings
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
@@ -65,11 +66,18 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     index: int | None = None
 
 
+class Attach(msgspec.Struct, frozen=True, kw_only=True, tag="attach"):
+    """Reach for an encoder's memory, by a :data:`foveate.transport.handle.Transport` or ``auto``."""
+
+    offer: Offer
+    transport: str
+
+
 class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
     """Ask for a :class:`Stats`."""
 
 
-Request = Generate | Abort | GetStats
+Request = Generate | Abort | Attach | GetStats
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -80,11 +88,20 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
+class FirstTokenTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds on a request's way to its first token: reading its pictures' rows, waiting for admission, prefilling."""
+
+    read: float
+    wait: float
+    prefill: float
+
+
 class Chunk(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """New tokens of one sequence.
 
     ``finish_reason`` is None while more follow. ``stop_token`` is the id that ended it, which is never in
-    ``token_ids``. ``num_cached_tokens`` counts the prompt tokens whose keys and values a prefix hit supplied.
+    ``token_ids``. ``num_cached_tokens`` counts the prompt tokens whose keys and values a prefix hit supplied. The
+    first token of a sequence brings its ``times``.
     """
 
     request_id: str
@@ -94,6 +111,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     num_cached_tokens: int = 0
+    times: FirstTokenTimes | None = None
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -125,6 +143,18 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     dtype: str
 
 
+class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):
+    """How the engine reads an encoder's rows from now on, or why it cannot.
+
+    ``reader`` is the engine's name to the encoder; empty for rows that come inline.
+    """
+
+    arena: str
+    transport: Transport | None = None
+    reader: str = ""
+    error: str | None = None
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """A snapshot for ``/metrics``. Counters only grow; the others are now."""
 
@@ -142,4 +172,4 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     aborted: int
 
 
-Reply = Ready | Step | Stats
+Reply = Ready | Step | Attached | Stats

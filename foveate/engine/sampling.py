@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.engine.messages import SamplingParams, TokenLogprob
 from foveate.engine.sequence import Sequence
-from foveate.engine.state import SequenceState
+from foveate.engine.state import SequenceState, state_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +58,16 @@ def sample(logits: Tensor, seqs: Listing[Sequence]) -> Sampled:
         drawn = _draw(processed if everyone else processed[rows], [seqs[row] for row in drawing])
         chosen = drawn if everyone else chosen.index_copy(0, rows, drawn)
     for row, seq in enumerate(seqs):
-        counts = _state(seq).counts
+        counts = state_of(seq).counts
         if counts is not None:
             counts[chosen[row]] += 1
     token_ids: list[int] = chosen.tolist()
     return Sampled(token_ids, _logprobs_of(logprobs, token_ids, seqs))
 
 
-def _state(seq: Sequence) -> SequenceState:
-    assert isinstance(seq.payload, SequenceState)
-    return seq.payload
-
-
 def _processed(logits: Tensor, seqs: Listing[Sequence]) -> Tensor:
     """Apply penalties, bias and minimum length; the input stays as it is."""
-    states = [_state(seq) for seq in seqs]
+    states = [state_of(seq) for seq in seqs]
     touched = [
         row
         for row, (seq, state) in enumerate(zip(seqs, states, strict=True))
@@ -99,7 +94,7 @@ def _penalize(logits: Tensor, rows: list[int], seqs: Listing[Sequence]) -> None:
     if not rows:
         return
     params = [seqs[row].sampling for row in rows]
-    counts = torch.stack([counts for row in rows if (counts := _state(seqs[row]).counts) is not None])
+    counts = torch.stack([counts for row in rows if (counts := state_of(seqs[row]).counts) is not None])
     repetition, presence, frequency = _columns(
         [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params], logits.device
     )
@@ -122,7 +117,7 @@ def _draw(logits: Tensor, seqs: Listing[Sequence]) -> Tensor:
     scores, ids = _candidates(logits / temperature, params)
     # A draw is the arg-max after adding Gumbel noise to the log-probabilities.
     scores = _cut(scores, params, top_p, min_p)
-    seeds = torch.tensor([_state(seq).seed for seq in seqs], device=logits.device)
+    seeds = torch.tensor([state_of(seq).seed for seq in seqs], device=logits.device)
     positions = torch.tensor([seq.num_tokens for seq in seqs], device=logits.device)
     noise = -torch.log(-torch.log(uniform(seeds, positions, ids)))
     best = (scores.double() + noise).argmax(dim=-1, keepdim=True)

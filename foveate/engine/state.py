@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from foveate.engine.messages import FirstTokenTimes
+from foveate.engine.sequence import Sequence
+
 
 @dataclass(slots=True)
 class SequenceState:
@@ -20,6 +23,10 @@ class SequenceState:
         counts: how often each token was generated, [vocab_size]; only where a penalty needs it.
         bias: (token ids, values to add to their logits), where the request has any.
         ends: ids that may not be chosen before ``min_tokens``, where the request has a minimum.
+        arrived: when it was queued (seconds, monotonic), like all times.
+        read_seconds: how long reading its embeddings took.
+        admitted: when its first step began, or None before that.
+        told: whether its times have been taken.
     """
 
     seed: int
@@ -28,3 +35,25 @@ class SequenceState:
     counts: Tensor | None = None
     bias: tuple[Tensor, Tensor] | None = None
     ends: Tensor | None = None
+    arrived: float = 0.0
+    read_seconds: float = 0.0
+    admitted: float | None = None
+    told: bool = False
+
+    def mark_admitted(self, now: float) -> None:
+        """Note the beginning of its first step."""
+        if self.admitted is None:
+            self.admitted = now
+
+    def take_times(self, now: float) -> FirstTokenTimes | None:
+        """Return how long it took to the first token, once."""
+        if self.told or self.admitted is None:
+            return None
+        self.told = True
+        return FirstTokenTimes(self.read_seconds, self.admitted - self.arrived, now - self.admitted)
+
+
+def state_of(seq: Sequence) -> SequenceState:
+    """Return the state that the runner keeps with a sequence."""
+    assert isinstance(seq.payload, SequenceState)
+    return seq.payload

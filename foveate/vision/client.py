@@ -1,78 +1,163 @@
-"""The API process's end of the vision encoder."""
+"""The API process's end of all vision services: who encodes which picture, and what happens when one goes away."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
+import uuid
+from collections.abc import Collection, Sequence
 
-from foveate.errors import FoveateError, Unavailable, from_wire
-from foveate.transport.channel import Channel
-from foveate.vision.messages import Cancel, Encode, Encoded, EncodeFailed, VisionReply
+from foveate.config import VisionSettings
+from foveate.errors import FoveateError, Unavailable
+from foveate.vision.remote import Encoded, Engine, Lost, PictureTask, RemoteEncoder
+
+TRIES = 2
+"""A picture whose service went away is sent once more."""
+
+
+class PictureRefused(Exception):
+    """One of a request's pictures has no embeddings.
+
+    Attributes:
+        index: which one.
+        error: why.
+    """
+
+    def __init__(self, index: int, error: FoveateError) -> None:
+        super().__init__(f"picture {index}: {error.message}")
+        self.index = index
+        self.error = error
 
 
 class VisionClient:
-    """Talks to one vision encoder over ZeroMQ. The encoder connects; it may go and come back.
+    """Spreads pictures over vision services.
 
     Args:
-        address: where to listen, such as ``ipc:///run/foveate/vision.ipc``.
+        own: the address of the service that this server has started itself, if it has.
+        settings: where the others are, and how to talk to them.
+        engine: where the rows go.
+        transport: the one to use, or ``auto``.
+        identity: names the weights that every service has to have.
     """
 
-    def __init__(self, address: str) -> None:
-        self._channel: Channel[VisionReply] = Channel(address, VisionReply, self._dispatch)
-        self._numbers = itertools.count(1)
-        self._waiting: dict[str, asyncio.Future[Encoded]] = {}
+    def __init__(
+        self, own: str | None, settings: VisionSettings, engine: Engine, *, transport: str, identity: str | None
+    ) -> None:
+        self._own_url = own
+        self._settings = settings
+        self._engine = engine
+        self._transport = transport
+        self._identity = identity
+        self._own: RemoteEncoder | None = None
+        self.encoders: list[RemoteEncoder] = []
+        self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Listen for the encoder."""
-        await self._channel.start()
+        """Begin to look for the services."""
+        urls = {"own": self._own_url} if self._own_url else {}
+        for name, url in {**urls, **{url: url for url in self._settings.vision}}.items():
+            encoder = RemoteEncoder(
+                name, url, self._settings, self._engine, transport=self._transport, identity=self._identity
+            )
+            encoder.changed = self._changed
+            self.encoders.append(encoder)
+            encoder.start()
+        if self._own_url:
+            self._own = self.encoders[0]
+            self._own.restarts = True
 
     async def close(self) -> None:
-        """Stop listening; whoever still waits gets an error."""
-        self.disconnected("the server is shutting down")
-        await self._channel.close()
+        """End all calls."""
+        await asyncio.gather(*(encoder.close() for encoder in self.encoders))
 
-    def disconnected(self, reason: str) -> None:
-        """Give up on an encoder that has died: everything that waits for it ends with an error."""
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(Unavailable(f"the vision encoder stopped: {reason}", retry_after=2))
+    def own_lost(self, reason: str, *, returning: bool) -> None:
+        """Learn that this server's own service has died, and whether it is started again."""
+        if self._own is not None:
+            self._own.lost(reason, restarts=returning)
 
-    async def encode(self, data: bytes, *, max_slice_nums: int) -> Encoded:
-        """Have a picture encoded; cancelling the task cancels the work.
+    @property
+    def problems(self) -> list[str]:
+        """Why services cannot be used now; empty if all can."""
+        return [f"{one.name}: {one.problem}" for one in self.encoders if not one.usable]
 
-        Args:
-            data: the picture's file.
-            max_slice_nums: most slices beside the whole picture.
+    async def wait_usable(self) -> None:
+        """Wait until a service can be used, or none can be expected any more."""
+        while not any(one.usable for one in self.encoders) and any(one.expected for one in self.encoders):
+            self._changed.clear()
+            # What makes a service usable again (the engine's return) is not always told.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 0.1)
+
+    async def encode(self, pictures: Sequence[PictureTask]) -> list[Encoded]:
+        """Have pictures encoded, by several services at once if there are; cancelling this cancels the work.
 
         Raises:
-            FoveateError: the picture is broken, or the encoder is full or gone.
+            PictureRefused: one is broken, or its service is full or failed.
+            Unavailable: no service can be used.
         """
-        request_id = f"p{next(self._numbers)}"
-        future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
-        self._waiting[request_id] = future
+        done: dict[int, Encoded] = {}
         try:
-            self._channel.send(Encode(request_id=request_id, data=data, max_slice_nums=max_slice_nums))
-            return await future
-        except asyncio.CancelledError:
-            self._channel.send(Cancel(request_id))
+            failed: dict[RemoteEncoder, str] = {}
+            for _ in range(TRIES):
+                missing = [index for index in range(len(pictures)) if index not in done]
+                if not missing:
+                    break
+                shares = await self._spread(pictures, missing, failed)
+                await self._run(pictures, shares, done, failed)
+            if len(done) < len(pictures):
+                raise _gone([f"{one.name}: {reason}" for one, reason in failed.items()])
+        except BaseException:
+            for encoded in done.values():
+                encoded.release()
             raise
+        return [done[index] for index in range(len(pictures))]
+
+    async def _spread(
+        self, pictures: Sequence[PictureTask], indices: Sequence[int], failed: Collection[RemoteEncoder]
+    ) -> dict[RemoteEncoder, list[int]]:
+        """Give each picture to the service that has the fewest slices to do."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.wait_usable(), self._settings.vision_wait_seconds)
+        usable = [one for one in self.encoders if one.usable]
+        # One that has just failed is asked again only if there is no other.
+        usable = [one for one in usable if one not in failed] or usable
+        if not usable:
+            raise _gone(self.problems)
+        load = {one: one.pending for one in usable}
+        shares: dict[RemoteEncoder, list[int]] = {}
+        for index in sorted(indices, key=lambda index: -pictures[index].num_slices):
+            chosen = min(load, key=load.__getitem__)
+            load[chosen] += pictures[index].num_slices
+            shares.setdefault(chosen, []).append(index)
+        return shares
+
+    async def _run(
+        self,
+        pictures: Sequence[PictureTask],
+        shares: dict[RemoteEncoder, list[int]],
+        done: dict[int, Encoded],
+        failed: dict[RemoteEncoder, str],
+    ) -> None:
+        async def ask(encoder: RemoteEncoder, indices: list[int]) -> None:
+            request_id = uuid.uuid4().hex
+            try:
+                async with contextlib.aclosing(encoder.encode(request_id, [pictures[i] for i in indices])) as replies:
+                    async for place, result in replies:
+                        if isinstance(result, FoveateError):
+                            raise PictureRefused(indices[place], result)
+                        done[indices[place]] = result
+            except Lost as lost:
+                failed[encoder] = str(lost)
+
+        tasks = [asyncio.create_task(ask(encoder, sorted(indices))) for encoder, indices in shares.items()]
+        try:
+            await asyncio.gather(*tasks)
         finally:
-            del self._waiting[request_id]
-
-    def release(self, encoded: Encoded) -> None:
-        """Give back a handle that the engine was never told of."""
-        self._channel.send(Cancel(encoded.request_id))
-
-    def _dispatch(self, reply: VisionReply) -> None:
-        future = self._waiting.get(reply.request_id)
-        if future is None or future.done():
-            if isinstance(reply, Encoded):
-                self.release(reply)
-        elif isinstance(reply, Encoded):
-            future.set_result(reply)
-        else:
-            future.set_exception(_error(reply))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _error(reply: EncodeFailed) -> FoveateError:
-    return from_wire(reply.code, reply.message, status=reply.status, retry_after=reply.retry_after)
+def _gone(reasons: Sequence[str]) -> Unavailable:
+    why = "; ".join(reasons) or "none is configured"
+    return Unavailable(f"No vision encoder can be used, so pictures cannot be looked at ({why}).", retry_after=2)

@@ -1,243 +1,178 @@
-"""The vision encoder at work: decode in a pool, encode together what waits together, hand out leases.
-
-Threads, and what each one owns: one talks to the API process, a few decode and cut pictures, one runs the model. They
-pass requests along by queues; only the first one touches the socket.
-"""
+"""The vision service: an encoder behind gRPC, in a process of its own or in a thread of the engine's."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import os
-import queue
-import threading
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
 
-import msgspec
+import grpc.aio
 import torch
-import zmq
-from torch import Tensor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from foveate.chat.pieces import PictureSettings
 from foveate.config import Settings
-from foveate.errors import EngineError, FoveateError, Overloaded
-from foveate.media.image import decode
-from foveate.media.slicing import plan_slices
-from foveate.transport.handle import EmbeddingHandle
-from foveate.transport.local import LocalArena
+from foveate.errors import ConfigError
+from foveate.transport.handle import Publisher
+from foveate.vision.address import Address, UnixAddress
 from foveate.vision.encoder import VisionEncoder
-from foveate.vision.messages import Cancel, Encode, Encoded, EncodeFailed, VisionReply, VisionRequest
-from foveate.vision.preprocess import Pixels, digest, preprocess
+from foveate.vision.guard import UnixRelay, bind_tcp, check_listen, interceptors
+from foveate.vision.pipeline import Pipeline
+from foveate.vision.rpc import OPTIONS, SERVICE, handlers
+from foveate.vision.servicer import About, VisionServicer
 
 logger = logging.getLogger(__name__)
 
+Ready = Callable[[Address], None]
+"""Called when clients can connect, with the address that was listened on."""
 
-class EmbeddingCache:
-    """Embeddings of pictures seen before, least recently used first to go. Safe to use from several threads.
-
-    Args:
-        capacity: bytes.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.size = 0
-        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes) -> Tensor | None:
-        """Return a picture's rows, which are now the most recently used."""
-        with self._lock:
-            if key not in self._rows:
-                return None
-            self._rows.move_to_end(key)
-            return self._rows[key]
-
-    def put(self, key: bytes, rows: Tensor) -> None:
-        """Keep a picture's rows, if they fit at all."""
-        with self._lock:
-            if rows.nbytes > self.capacity or key in self._rows:
-                return
-            self._rows[key] = rows
-            self.size += rows.nbytes
-            while self.size > self.capacity:
-                self.size -= self._rows.popitem(last=False)[1].nbytes
+_GRACE_SECONDS = 1.0
+_STEP_SECONDS = 2.0
+_SERVING, _NOT_SERVING = (
+    health_pb2.HealthCheckResponse.SERVING,
+    health_pb2.HealthCheckResponse.NOT_SERVING,
+)
+_OPTIONS = (
+    *OPTIONS,
+    # Otherwise two servers could listen on one port, and each would get some of the clients.
+    ("grpc.so_reuseport", 0),
+    # A client whose machine went away is noticed, and its work given up.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A picture that waits for the model."""
-
-    request_id: str
-    pixels: Pixels
-    digest: bytes
-
-
-class VisionService:
-    """Serves one client over ZeroMQ.
+class VisionServer:
+    """Serves an encoder until it is stopped. It is run once.
 
     Args:
         encoder: the model.
-        arena: where finished embeddings are leased out.
+        publisher: where embeddings are left for engines; it stays open.
         pictures: how the checkpoint cuts pictures.
-        settings: limits.
-        identity: names the encoder's weights and type, as a part of every digest.
+        settings: limits, and what clients have to show.
+        identity: names the encoder's weights (see :func:`foveate.checkpoint.identity.identity`).
     """
 
     def __init__(
         self,
         encoder: VisionEncoder,
-        arena: LocalArena,
+        publisher: Publisher,
         pictures: PictureSettings,
         settings: Settings,
         identity: str,
     ) -> None:
         self._encoder = encoder
-        self._arena = arena
+        self._publisher = publisher
         self._pictures = pictures
         self._settings = settings
         self._identity = identity
-        self._cache = EmbeddingCache(settings.vision.embedding_cache_bytes)
-        self._pool = ThreadPoolExecutor(settings.vision.preprocess_threads, thread_name_prefix="preprocess")
-        # None ends the thread that reads it.
-        self._prepared: queue.SimpleQueue[Prepared | None] = queue.SimpleQueue()
-        self._stopping = False
-        self._outbox: queue.SimpleQueue[VisionReply] = queue.SimpleQueue()
-        self._wake_reader, self._wake_writer = os.pipe()
-        # Requests that somebody waits for. Dictionary operations are atomic, and each entry has one writer at a time.
-        self._wanted: dict[str, EmbeddingHandle | None] = {}
+        self._stopped = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
 
-    def serve(self, socket: zmq.Socket[bytes]) -> None:
-        """Answer whoever is at the other end of ``socket``, until :meth:`stop`. The socket stays open."""
-        threading.Thread(target=self._encode_waiting, name="encode", daemon=True).start()
-        decoder = msgspec.msgpack.Decoder(VisionRequest)
-        poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(self._wake_reader, zmq.POLLIN)
-        while not self._stopping:
-            ready = dict(poller.poll())
-            if socket in ready:
-                self._take(decoder.decode(socket.recv()))
-            if self._wake_reader in ready:
-                os.read(self._wake_reader, 4096)
-            self._send_outbox(socket)
+    def run(self, listen: str, ready: Ready | None = None) -> None:
+        """Serve until :meth:`stop`. In any thread.
+
+        Args:
+            listen: ``unix:PATH`` or ``HOST:PORT``; port 0 takes one that is free.
+            ready: called when clients can connect.
+
+        Raises:
+            ConfigError: it cannot listen there, or must not without a token or TLS.
+            Unavailable: the encoder's device failed.
+        """
+        asyncio.run(self._serve(check_listen(listen, self._settings.vision), ready))
 
     def stop(self) -> None:
-        """End :meth:`serve` and all threads; what is under way is not answered any more. From any thread."""
-        self._stopping = True
-        self._prepared.put(None)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        os.write(self._wake_writer, b"\0")
+        """End :meth:`run`, before it has begun too. From any thread, or a handler of signals."""
+        self._stopped = True
+        if self._loop is not None and self._stop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stop.set)
 
-    def _send_outbox(self, socket: zmq.Socket[bytes]) -> None:
-        while not self._outbox.empty():
-            reply = self._outbox.get()
-            if isinstance(reply, Encoded):
-                if reply.request_id not in self._wanted:
-                    self._arena.release(reply.handle)
-                    continue
-                # Kept until the engine has surely read it or somebody cancels: leases also end by time.
-                self._wanted[reply.request_id] = reply.handle
-                while len(self._wanted) > 4 * self._settings.vision.max_vision_queue:
-                    self._forget_oldest()
-            else:
-                self._wanted.pop(reply.request_id, None)
-            socket.send(msgspec.msgpack.encode(reply))
+    async def _serve(self, address: Address, ready: Ready | None) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        max_patches = self._settings.vision.vision_batch_size * math.prod(_usual_slice(self._pictures))
+        dtype = str(self._encoder.dtype).removeprefix("torch.")
+        pipeline = Pipeline(self._encoder, self._pictures, self._settings, f"{self._identity} {dtype}", max_patches)
+        about = About(self._identity, str(self._encoder.device), dtype, self._encoder.hidden_size)
+        servicer = VisionServicer(pipeline, self._publisher, self._settings, about)
+        healths = health.aio.HealthServicer()
+        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors(address, self._settings.vision))
+        _add_services(server, servicer, healths)
+        async with AsyncExitStack() as stack:
+            address = await self._listen(server, address, stack)
+            pipeline.start(self._stop.set)
+            stack.callback(self._end, pipeline, servicer)
+            await server.start()
+            for service in ("", SERVICE):
+                await healths.set(service, _SERVING)
+            logger.info("vision service on %s, %s as %s", address, about.device, about.dtype)
+            if self._stopped:
+                self._stop.set()
+            elif ready is not None:
+                ready(address)
+            await self._stop.wait()
+            await healths.enter_graceful_shutdown()
+            await server.stop(_GRACE_SECONDS)
+        if pipeline.failure is not None:
+            raise pipeline.failure
 
-    def _forget_oldest(self) -> None:
-        oldest = next(request_id for request_id, handle in self._wanted.items() if handle is not None)
-        del self._wanted[oldest]
+    async def _listen(self, server: grpc.aio.Server, address: Address, stack: AsyncExitStack) -> Address:
+        if not isinstance(address, UnixAddress):
+            return bind_tcp(server, address, self._settings.vision)
+        # The folder is made with mode 0700: only this user gets at what is in it.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="foveate-grpc-"))
+        target = Path(folder) / "grpc.sock"
+        server.add_insecure_port(f"unix:{target}")
+        relay = UnixRelay(address.path, target)
+        relay.listen()
+        stack.push_async_callback(relay.close)
+        return address
 
-    def _take(self, request: VisionRequest) -> None:
-        match request:
-            case Cancel():
-                handle = self._wanted.pop(request.request_id, None)
-                if handle is not None:
-                    self._arena.release(handle)
-            case Encode():
-                waiting = sum(handle is None for handle in self._wanted.values())
-                if waiting >= self._settings.vision.max_vision_queue:
-                    error = Overloaded(f"{waiting} pictures wait for the vision encoder already", retry_after=1)
-                    self._fail(request.request_id, error)
-                    return
-                self._wanted[request.request_id] = None
-                self._pool.submit(self._prepare, request)
+    def _end(self, pipeline: Pipeline, servicer: VisionServicer) -> None:
+        servicer.close()
+        if not pipeline.stop(_STEP_SECONDS):
+            logger.warning("the encoder is left in the middle of a step")
 
-    def _prepare(self, request: Encode) -> None:
-        """In the pool: from a file's bytes to pixels."""
-        if request.request_id not in self._wanted:
-            return
-        try:
-            picture = decode(request.data, max_pixels=self._settings.media.max_image_pixels)
-            plan = plan_slices(
-                *picture.size,
-                max_slice_nums=request.max_slice_nums,
-                scale_resolution=self._pictures.scale_resolution,
-                patch_size=self._pictures.patch_size,
-            )
-            name = digest(picture, plan, self._identity)
-            if (rows := self._cache.get(name)) is not None:
-                # Resizing takes longer than all the rest of a picture that is known.
-                self._publish(request.request_id, rows, name, cached=True)
-                return
-            self._prepared.put(Prepared(request.request_id, preprocess(picture, plan), name))
-        except FoveateError as error:
-            self._fail(request.request_id, error)
-        except Exception:
-            logger.exception("a picture could not be prepared")
-            self._fail(request.request_id, EngineError("the picture could not be prepared; see the log"))
 
-    def _encode_waiting(self) -> None:
-        """In its own thread: run the model on whatever waits."""
-        # PyTorch counts threads for each thread that calls it: the decoder's may be fewer.
-        torch.set_num_threads(self._settings.model.threads or len(os.sched_getaffinity(0)))
-        while batch := self._next_batch():
-            try:
-                self._encode([item for item in batch if item.request_id in self._wanted])
-            except Exception:
-                logger.exception("encoding failed")
-                for item in batch:
-                    self._fail(item.request_id, EngineError("the picture could not be encoded; see the log"))
+def _add_services(server: grpc.aio.Server, servicer: VisionServicer, healths: health.aio.HealthServicer) -> None:
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    server.add_generic_rpc_handlers((handlers(servicer),))
+    names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
 
-    def _next_batch(self) -> list[Prepared]:
-        """Wait for a picture, and take what waits behind it as far as one step of the encoder goes."""
-        batch: list[Prepared] = []
-        slices = 0
-        while not batch or (slices < self._encoder.batch_size and not self._prepared.empty()):
-            item = self._prepared.get()
-            if item is None:
-                return []
-            batch.append(item)
-            slices += len(item.pixels.tgt_sizes)
-        return batch
 
-    def _encode(self, batch: list[Prepared]) -> None:
-        """Encode each picture once, however many requests it is in."""
-        known = {item.digest: self._cache.get(item.digest) for item in batch}
-        missing = {item.digest: item.pixels for item in batch if known[item.digest] is None}
-        fresh = dict(zip(missing, self._encoder.encode(list(missing.values())), strict=True)) if missing else {}
-        for name, encoded in fresh.items():
-            self._cache.put(name, encoded)
-        for item in batch:
-            rows = known[item.digest]
-            cached = rows is not None
-            self._publish(item.request_id, fresh[item.digest] if rows is None else rows, item.digest, cached=cached)
+def _usual_slice(pictures: PictureSettings) -> tuple[int, int]:
+    """Return the (rows, columns) of the largest slice of a picture that is not extremely long.
 
-    def _publish(self, request_id: str, rows: Tensor, digest: bytes, *, cached: bool) -> None:
-        self._reply(Encoded(request_id=request_id, handle=self._arena.publish(rows, digest), cached=cached))
+    A slice has the area of a square of ``scale_resolution`` pixels; rounding both sides to whole patches can add one.
+    """
+    side = pictures.scale_resolution // pictures.patch_size
+    return side + 1, side + 2
 
-    def _fail(self, request_id: str, error: FoveateError) -> None:
-        self._reply(
-            EncodeFailed(
-                request_id=request_id,
-                code=error.code,
-                message=error.message,
-                status=error.status,
-                retry_after=error.retry_after,
-            )
-        )
 
-    def _reply(self, reply: VisionReply) -> None:
-        self._outbox.put(reply)
-        os.write(self._wake_writer, b"\0")
+def measure(encoder: VisionEncoder, pictures: PictureSettings, batch_size: int) -> int:
+    """Run the largest step there can be, so that its memory is this process's own, and return its bytes.
+
+    Nothing larger is ever run. On a CPU it is not measured: 0.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    size = _usual_slice(pictures)
+    try:
+        needed = encoder.measure(batch_size, size)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"vision_batch_size: {batch_size} slices of {math.prod(size)} patches in one step do not fit the "
+            f"memory of {encoder.device}; take less"
+        ) from error
+    if needed:
+        logger.info("the largest step, of %d slices, takes %.1f MiB", batch_size, needed / 2**20)
+    return needed

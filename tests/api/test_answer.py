@@ -1,4 +1,4 @@
-"""The parts of an answer that need no server: stop strings, sampling defaults, releasing handles."""
+"""The parts of an answer that need no server: stop strings, sampling defaults, ending what is in vain."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from foveate.api.pictures import gather_or_cancel
 from foveate.api.sampling import sampling_params
 from foveate.api.schema import ChatCompletionRequest
 from foveate.api.stream import Answer
+from foveate.api.timing import StageTimes
 from foveate.chat.assets import GenerationDefaults, ModelAssets
 from foveate.chat.pieces import Prompt
 from foveate.engine.messages import Chunk, SamplingParams, TokenLogprob
 from foveate.errors import InvalidRequest, Unavailable
+from foveate.telemetry import Metrics
 
 DEFAULTS = GenerationDefaults(do_sample=True, temperature=0.7, top_p=0.8, top_k=100, repetition_penalty=1.05)
+TIMES = StageTimes(Metrics())
 
 
 def planned(stops: list[str], min_tokens: int = 0) -> PlannedChat:
     sampling = SamplingParams(max_tokens=100, min_tokens=min_tokens)
-    return PlannedChat("id", Prompt([1], []), [], sampling, stops, True, 1, 0.0)
+    return PlannedChat("id", Prompt([1], []), [], sampling, stops, True, 1, 0.0, TIMES, False)
 
 
 def tell(answer: Answer, token_ids: list[int], reason: Any = None) -> str:
@@ -125,12 +128,8 @@ def test_what_the_model_cannot_do_is_named(fields: dict[str, Any]) -> None:
     assert caught.value.param == next(iter(fields))
 
 
-async def test_what_was_done_is_undone_when_a_part_fails() -> None:
-    undone: list[int] = []
+async def test_the_rest_is_ended_when_a_part_fails() -> None:
     ended = asyncio.Event()
-
-    async def done(number: int) -> int:
-        return number
 
     async def endless() -> int:
         try:
@@ -144,20 +143,5 @@ async def test_what_was_done_is_undone_when_a_part_fails() -> None:
         raise InvalidRequest("no")
 
     with pytest.raises(InvalidRequest):
-        await gather_or_cancel([done(1), endless(), done(2), failing()], undone.append)
-    assert undone == [1, 2]
+        await gather_or_cancel([endless(), failing()])
     assert ended.is_set()
-
-
-async def test_what_was_done_is_undone_when_nobody_waits_any_more() -> None:
-    undone: list[int] = []
-
-    async def done() -> int:
-        return 1
-
-    work = asyncio.create_task(gather_or_cancel([done(), asyncio.sleep(3600, 2)], undone.append))
-    await asyncio.sleep(0.01)
-    work.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await work
-    assert undone == [1]

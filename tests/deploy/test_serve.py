@@ -67,8 +67,12 @@ def chat(url: str, tokens: int, **more: object) -> dict[str, object]:
 
 
 def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
-    (worker,) = psutil.Process(process.pid).children()
-    return worker
+    return child_of(process, "foveate.worker")
+
+
+def child_of(process: subprocess.Popen[str], module: str) -> psutil.Process:
+    (child,) = [one for one in psutil.Process(process.pid).children() if module in one.cmdline()]
+    return child
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -178,6 +182,6 @@ async def test_a_worker_that_keeps_failing_is_given_up_on(tmp_path: Path, capsys
     policy = RestartPolicy(first_delay=0.01, max_quick_failures=3)
     with tempfile.TemporaryDirectory(dir="/tmp") as folder, listen(settings.http) as listener:
         child.start()
-        service = Service(settings, resolve_model(settings.model), listener, Path(folder), child, policy)
+        service = Service(settings, resolve_model(settings.model), listener, Path(folder), child, policy=policy)
         assert await asyncio.wait_for(service.run(), 60) == EXIT_CHILD_FAILED
     assert "error: the worker ended with exit code 7, 3 times in a row" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from foveate.engine.runner import ModelRunner
 from foveate.engine.scheduler import Scheduler
 from foveate.models.minicpmv import MiniCPMV
 from foveate.transport.local import LocalArena
+from foveate.transport.sources import Sources
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def core(model: MiniCPMV, arena: LocalArena) -> EngineCore:
     settings = EngineSettings(max_seq_len=200, num_kv_blocks=64, max_queue_size=2)
     runner = ModelRunner(model.language, settings, 200)
     scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=200)
-    return EngineCore(runner, scheduler, arena, eos_token_ids=frozenset({702}), max_seq_len=200)
+    sources = Sources(torch.device("cpu"), arena)
+    return EngineCore(runner, scheduler, sources, eos_token_ids=frozenset({702}), max_seq_len=200)
 
 
 def generate(request_id: str = "r", prompt: list[int] | None = None, n: int = 1, **sampling: Any) -> Generate:
@@ -89,7 +91,7 @@ def test_full_queue(core: EngineCore) -> None:
 
 def test_embeddings_of_the_wrong_shape_are_refused_and_released(core: EngineCore, arena: LocalArena) -> None:
     handle = arena.publish(torch.zeros(3, 256), b"d")
-    request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], handle=handle)])
+    request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], embeddings=handle)])
     assert "[3, 256]" in refusal(core, request).message
     assert arena.num_leases == 0
 
@@ -97,7 +99,7 @@ def test_embeddings_of_the_wrong_shape_are_refused_and_released(core: EngineCore
 def test_a_handle_whose_lease_is_over_is_an_error(core: EngineCore, arena: LocalArena) -> None:
     handle = arena.publish(torch.zeros(2, 256), b"d")
     arena.release(handle)
-    request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], handle=handle)])
+    request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], embeddings=handle)])
     assert refusal(core, request).code == "unavailable"
 
 

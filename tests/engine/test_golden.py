@@ -19,6 +19,7 @@ from foveate.engine.runner import ModelRunner
 from foveate.engine.scheduler import Scheduler
 from foveate.models.minicpmv import MiniCPMV
 from foveate.transport.local import LocalArena
+from foveate.transport.sources import Sources
 from foveate.vision.encoder import VisionEncoder
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -47,7 +48,11 @@ class Engine:
         runner = ModelRunner(model.language, chosen, chosen.max_seq_len)
         scheduler = Scheduler(chosen, num_blocks=runner.num_blocks, max_seq_len=chosen.max_seq_len)
         self.core = EngineCore(
-            runner, scheduler, self.arena, eos_token_ids=frozenset({700, 702}), max_seq_len=chosen.max_seq_len
+            runner,
+            scheduler,
+            Sources(runner.device, self.arena),
+            eos_token_ids=frozenset({700, 702}),
+            max_seq_len=chosen.max_seq_len,
         )
         self.embeddings = embeddings
 
@@ -57,7 +62,7 @@ class Engine:
         for number, rows in enumerate(self.embeddings.get(case, [])):
             ranges = [(start, end - start) for start, end in itertools.islice(bounds, len(rows) // QUERY_NUM)]
             digest = f"{case}/{number}".encode()
-            images.append(ImageSlot(ranges=ranges, handle=self.arena.publish(rows, digest)))
+            images.append(ImageSlot(ranges=ranges, embeddings=self.arena.publish(rows, digest)))
         params = SamplingParams(**{"max_tokens": 32, "temperature": 0.0, "ignore_eos": True} | sampling)
         return Generate(
             request_id=f"{case}-{next(NUMBERS)}", prompt_token_ids=golden["input_ids"].tolist(),
@@ -161,10 +166,10 @@ def test_another_picture_is_no_hit(model: MiniCPMV, embeddings: dict[str, list[t
     request = engine.request("image1")
     [slot] = request.images
     other = engine.arena.publish(embeddings["image1"][0].flip(0), b"another picture")
-    engine.arena.release(slot.handle)
+    engine.arena.release(slot.embeddings)
     flipped = Generate(
         request_id="flipped", prompt_token_ids=request.prompt_token_ids, sampling=request.sampling,
-        images=[ImageSlot(ranges=slot.ranges, handle=other)],
+        images=[ImageSlot(ranges=slot.ranges, embeddings=other)],
     )  # fmt: skip
     [[chunks]] = engine.answer(flipped)
     assert chunks[-1].num_cached_tokens < slot.ranges[0][0]
