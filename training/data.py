@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -190,6 +191,9 @@ class World(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         torch.set_num_threads(1)
+        if get_worker_info():
+            # The process that drives the device goes first.
+            os.nice(10)
         assets = ModelAssets.from_folder(self.model)
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)

@@ -185,6 +185,8 @@ def parse_mix(text: str) -> dict[str, float]:
 def run(args: argparse.Namespace) -> None:
     started = time.time()
     torch.manual_seed(args.seed)
+    # The processors belong to the workers: threads that must wait for each other wait for them as well.
+    torch.set_num_threads(1)
     device = torch.device(args.device)
     trainer = Trainer(ModelConfig.from_folder(args.model), device, args.lr, compiled=args.compile)
     args.output.mkdir(parents=True, exist_ok=True)

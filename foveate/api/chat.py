@@ -155,7 +155,7 @@ class ChatService:
         async with contextlib.aclosing(self.engine.generate(generate)) as chunks:
             async for chunk in chunks:
                 if chunk.times is not None:
-                    chat.times.add_first_token(chunk.times)
+                    chat.times.add_first_token(chunk.times, pictures=bool(slots))
                 yield chunk
 
     def _check_text_length(self, request: ChatCompletionRequest, limits: Ready) -> None:

@@ -30,9 +30,10 @@ class StageTimes:
             if stage in STAGES:
                 self.add(stage, seconds)
 
-    def add_first_token(self, times: FirstTokenTimes) -> None:
-        """Note what the engine says of a sequence's way to its first token."""
-        self.add("read", times.read)
+    def add_first_token(self, times: FirstTokenTimes, *, pictures: bool) -> None:
+        """Note what the engine says of a sequence's way to its first token, with or without pictures to read."""
+        if pictures:
+            self.add("read", times.read)
         self.add("wait", times.wait)
         self.add("prefill", times.prefill)
 

@@ -16,7 +16,7 @@ from foveate.errors import ConfigError
 PREFIX = "foveate-"
 MAX_PATH_BYTES = 107
 """The longest path of a unix socket that Linux takes."""
-_LONGEST_NAME = "/foveate-12345678/vision.sock"
+_LONGEST_NAME = "/foveate-12345678/vision.sock.d/s"
 _LOCK = "instance.lock"
 
 

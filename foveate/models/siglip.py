@@ -76,7 +76,9 @@ class SiglipEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.patches_per_side**2, config.hidden_size)
+        # Given its table: making one up loads PyTorch's compiler, on the meta device, which takes a second.
+        table = torch.empty(config.patches_per_side**2, config.hidden_size)
+        self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=_EPS)
 

@@ -104,6 +104,9 @@ class LocalArena:
                 rows, _ = self._held.get(embeddings.lease, (None, 0.0))
         if rows is None:
             raise Unavailable("a picture's embeddings were given up before they were read; try again", retry_after=1)
+        if rows.is_cuda:
+            # They were made on the encoder's stream: freed, they must wait for what the reader's stream still does.
+            rows.record_stream(torch.cuda.current_stream(rows.device))
         return rows
 
     def release(self, lease: int | Embeddings, /) -> None:

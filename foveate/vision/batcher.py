@@ -32,11 +32,6 @@ class Job:
         """Slices that came back."""
 
     @property
-    def begun(self) -> bool:
-        """Whether a slice of it is, or was, in a step."""
-        return self.taken > 0
-
-    @property
     def all_taken(self) -> bool:
         """Whether nothing of it waits any more."""
         return self.taken == len(self.patches)

@@ -148,6 +148,10 @@ class VisionClient:
                         done[indices[place]] = result
             except Lost as lost:
                 failed[encoder] = str(lost)
+            except BaseException:
+                # A reply may have been on its way, with a lease that nobody knows of here.
+                encoder.cancel(request_id)
+                raise
 
         tasks = [asyncio.create_task(ask(encoder, sorted(indices))) for encoder, indices in shares.items()]
         try:

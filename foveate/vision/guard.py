@@ -12,9 +12,10 @@ import contextlib
 import hmac
 import logging
 import os
+import shutil
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**18
 _MAX_PATH_BYTES = 107
+_PRIVATE = ".d/s"
 
 
 def check_listen(listen: str, vision: VisionSettings) -> Address:
@@ -42,8 +44,9 @@ def check_listen(listen: str, vision: VisionSettings) -> Address:
     """
     address = parse_address(listen)
     if isinstance(address, UnixAddress):
-        if len(os.fsencode(address.path)) > _MAX_PATH_BYTES:
-            raise ConfigError(f"listen: {address.path} is too long for a unix socket (at most {_MAX_PATH_BYTES} bytes)")
+        if len(os.fsencode(private_socket(address.path))) > _MAX_PATH_BYTES:
+            most = _MAX_PATH_BYTES - len(_PRIVATE)
+            raise ConfigError(f"listen: {address.path} is too long for a unix socket (at most {most} bytes)")
         return address
     tls = credentials(vision) is not None
     token = _token(vision) is not None
@@ -209,6 +212,34 @@ async def _pass(source: socket.socket, target: socket.socket) -> None:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     while count := await loop.sock_recv_into(source, buffer):
         await loop.sock_sendall(target, buffer[:count])
+
+
+def private_socket(path: Path) -> Path:
+    """Name gRPC's own socket behind the one at ``path``: beside it, so that it goes where that one goes."""
+    return Path(f"{path}{_PRIVATE}")
+
+
+@contextlib.contextmanager
+def private_folder(path: Path) -> Iterator[Path]:
+    """Make the folder of gRPC's own socket (mode 0700), yield the socket's path, and remove the folder in the end.
+
+    Only for who listens at ``path``: what a killed process left is removed first.
+
+    Raises:
+        ConfigError: it cannot be made, or somebody else made it.
+    """
+    target = private_socket(path)
+    folder = target.parent
+    try:
+        if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.geteuid():
+            shutil.rmtree(folder)
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"listen: cannot make {folder} ({error.strerror})") from error
+    try:
+        yield target
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _bound(path: Path) -> socket.socket:

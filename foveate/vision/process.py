@@ -32,7 +32,7 @@ from foveate.vision.service import Ready, VisionServer, measure
 
 logger = logging.getLogger("foveate.vision")
 
-NICENESS = 5
+NICENESS = 10
 """On a CPU: the kernel lets the engine go first, since somebody reads its tokens as they come."""
 
 

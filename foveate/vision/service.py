@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import grpc.aio
 import torch
@@ -21,7 +19,7 @@ from foveate.errors import ConfigError
 from foveate.transport.handle import Publisher
 from foveate.vision.address import Address, UnixAddress
 from foveate.vision.encoder import VisionEncoder
-from foveate.vision.guard import UnixRelay, bind_tcp, check_listen, interceptors
+from foveate.vision.guard import UnixRelay, bind_tcp, check_listen, interceptors, private_folder, private_socket
 from foveate.vision.pipeline import Pipeline
 from foveate.vision.rpc import OPTIONS, SERVICE, handlers
 from foveate.vision.servicer import About, VisionServicer
@@ -126,13 +124,12 @@ class VisionServer:
     async def _listen(self, server: grpc.aio.Server, address: Address, stack: AsyncExitStack) -> Address:
         if not isinstance(address, UnixAddress):
             return bind_tcp(server, address, self._settings.vision)
-        # The folder is made with mode 0700: only this user gets at what is in it.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="foveate-grpc-"))
-        target = Path(folder) / "grpc.sock"
-        server.add_insecure_port(f"unix:{target}")
-        relay = UnixRelay(address.path, target)
+        relay = UnixRelay(address.path, private_socket(address.path))
+        # Listening first: it finds out whether another server is there, whose folder must not be touched.
         relay.listen()
         stack.push_async_callback(relay.close)
+        target = stack.enter_context(private_folder(address.path))
+        server.add_insecure_port(f"unix:{target}")
         return address
 
     def _end(self, pipeline: Pipeline, servicer: VisionServicer) -> None:

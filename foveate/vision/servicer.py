@@ -94,10 +94,12 @@ class VisionServicer:
             self._publisher.release(lease)
         pictures = len(leases)
         for call, (request_id, task) in self._calls.items():
-            if request_id == request.request_id and not task.done():
+            if request_id == request.request_id:
+                # What it was given is to be ended even in the moment between the last reply and the call's end.
                 pictures += call.pending + call.give_back()
-                self._cancelled.add(call)
-                task.cancel()
+                if not task.done():
+                    self._cancelled.add(call)
+                    task.cancel()
         return pb.CancelReply(pictures=pictures)
 
     async def Health(self, request: pb.HealthRequest, context: Any) -> pb.HealthReply:

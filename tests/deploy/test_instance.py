@@ -23,7 +23,7 @@ def test_it_is_private_and_holds_the_settings(runtime: Path) -> None:
         assert directory.parent == runtime
         assert directory.stat().st_mode & 0o777 == 0o700
         assert Settings.model_validate_json((directory / "settings.json").read_bytes()) == Settings()
-        assert len(str(directory / "vision.sock")) <= MAX_PATH_BYTES
+        assert len(str(directory / "vision.sock.d" / "s")) <= MAX_PATH_BYTES
     assert not list(runtime.iterdir())
 
 

@@ -24,7 +24,7 @@ from foveate.config import Settings, VisionSettings
 from foveate.errors import ConfigError
 from foveate.transport.local import LocalArena
 from foveate.vision import vision_pb2 as pb
-from foveate.vision.guard import UnixRelay, check_listen
+from foveate.vision.guard import UnixRelay, check_listen, private_socket
 from foveate.vision.rpc import SERVICE, Stub
 from foveate.vision.service import VisionServer
 
@@ -195,16 +195,28 @@ def test_a_unix_socket_is_the_user_s_own_and_goes_with_the_server(start: Start, 
         with pytest.raises(ConfigError, match=r"cannot listen on unix:.*in use"), start(f"unix:{path}"):
             pass
         assert path.is_socket()
-    assert not path.exists()
+        assert private_socket(path).is_socket()
+    assert list(socket_folder.iterdir()) == []
 
 
 async def test_a_socket_that_a_killed_server_left_is_replaced(start: Start, socket_folder: Path) -> None:
     path = socket_folder / "v.sock"
-    with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(path))
+    private_socket(path).parent.mkdir()
+    for name in (path, private_socket(path)):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(name))
     with start(f"unix:{path}"):
+        assert stat.S_IMODE(private_socket(path).parent.stat().st_mode) == 0o700
         async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
             assert await codes(channel, None) == {grpc.StatusCode.OK}
+
+
+def test_a_private_folder_that_is_not_the_user_s_own_is_refused(start: Start, socket_folder: Path) -> None:
+    path = socket_folder / "v.sock"
+    private_socket(path).parent.symlink_to(socket_folder)
+    with pytest.raises(ConfigError, match=r"cannot make .*v\.sock\.d"), start(f"unix:{path}"):
+        pass
+    assert private_socket(path).parent.is_symlink()
 
 
 def test_what_is_no_socket_is_left_alone(start: Start, socket_folder: Path) -> None:
