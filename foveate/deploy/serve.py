@@ -166,10 +166,11 @@ class Service:
             return await self._end(serving, watching, looking)
         except asyncio.CancelledError:
             # The second signal: nothing is waited for any more.
-            for child in self._children:
-                child.kill()
             return EXIT_INTERRUPTED
         finally:
+            # Whatever has happened: whoever waits for their end keeps this process from its own.
+            for child in self._children:
+                child.kill()
             for task in (serving, watching, looking, announcing):
                 task.cancel()
             await asyncio.gather(serving, watching, looking, announcing, return_exceptions=True)

@@ -157,6 +157,26 @@ class BlockAllocator:
             if len(set(table)) != len(table):
                 raise EngineError(f"a block table names a KV block twice: {table}")
             held.update(table)
+        if not self._sums_up(held):
+            self._explain(held)
+
+    def _sums_up(self, held: Counter[int]) -> bool:
+        """Check everything without a look at each block: there may be many, and somebody may come meanwhile."""
+        places = Counter(chain(self._blank, self._idle, held))
+        registered = self._by_hash.values()
+        return (
+            places.total() == len(places) == self.num_blocks
+            and sum(self._refs) == held.total()
+            and all(self._refs[block] == count for block, count in held.items())
+            and all(self._hashes[block] is not None for block, count in held.items() if count > 1)
+            and len(self._by_hash) == self.num_blocks - self._hashes.count(None)
+            and all(self._hashes[block] == block_hash for block_hash, block in self._by_hash.items())
+            and all(self._hashes[block] is not None for block in self._idle)
+            and all(block in self._idle or block in held for block in registered)
+        )
+
+    def _explain(self, held: Counter[int]) -> None:
+        """Raise the error that names the block where something is wrong."""
         places = Counter(chain(self._blank, self._idle, held))
         for block in range(self.num_blocks):
             block_hash = self._hashes[block]
@@ -170,8 +190,7 @@ class BlockAllocator:
                 raise EngineError(f"KV block {block} has a hash by which it cannot be found")
             if held[block] == 0 and (block_hash is not None) != (block in self._idle):
                 raise EngineError(f"KV block {block} is free, but in the wrong list")
-        if len(self._by_hash) != self.num_blocks - self._hashes.count(None):
-            raise EngineError("the prefix cache names a KV block that does not know of it")
+        raise EngineError("the prefix cache names a KV block that does not know of it")
 
     def _take(self) -> int:
         """Take a free block for its first holder; the caller has made sure that there is one."""

@@ -82,14 +82,18 @@ class EngineCore:
         decoder = msgspec.msgpack.Decoder(Request)
         encoder = msgspec.msgpack.Encoder()
         socket.send(encoder.encode(self.ready()))
+        checked = True
         while True:
             while socket.poll(0 if self.scheduler.has_work else _IDLE_MILLISECONDS):
                 for reply in self.handle(decoder.decode(socket.recv())):
                     socket.send(encoder.encode(reply))
             if self.scheduler.has_work:
                 socket.send(encoder.encode(self.step()))
-            else:
+                checked = False
+            elif not checked:
+                # Nobody has come for a while: the time for it is nobody's.
                 self.scheduler.check()
+                checked = True
 
     def handle(self, request: Request) -> list[Reply]:
         """Take in one message; return what there is to say at once."""

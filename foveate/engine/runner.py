@@ -17,8 +17,9 @@ from foveate.errors import ConfigError
 from foveate.models.qwen2 import Qwen2
 
 _CPU_CACHE_BYTES = 4 * 2**30
-# On a CPU, keys and values of this many full batches are plenty: more would only displace other programs' memory.
-_CPU_CACHE_BATCHES = 4
+# Keys and values of this many full batches are plenty. On a CPU more would only displace other programs' memory; on a
+# GPU a small model would get millions of blocks, and keeping account of them takes time.
+_CPU_CACHE_BATCHES, _GPU_CACHE_BATCHES = 4, 16
 
 
 class ModelRunner:
@@ -59,14 +60,15 @@ class ModelRunner:
 
     def _affordable(self, settings: EngineSettings, max_seq_len: int, block_bytes: int, reserved: int) -> int:
         share = settings.kv_cache_free_mem_fraction
+        full_batch = settings.max_batch_size * -(-max_seq_len // self.block_size)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             free = int((torch.cuda.mem_get_info(self.device)[0] - reserved) * share)
+            plenty = _GPU_CACHE_BATCHES * full_batch
         else:
-            longest = -(-max_seq_len // self.block_size)
-            plenty = _CPU_CACHE_BATCHES * settings.max_batch_size * longest * block_bytes
-            free = min(int(psutil.virtual_memory().available * share), _CPU_CACHE_BYTES, plenty)
-        return max(free, 0) // block_bytes
+            free = min(int(psutil.virtual_memory().available * share), _CPU_CACHE_BYTES)
+            plenty = _CPU_CACHE_BATCHES * full_batch
+        return min(max(free, 0) // block_bytes, plenty)
 
     def admit(self, seq: Sequence, state: SequenceState) -> None:
         """Give a sequence its state, before it is scheduled."""

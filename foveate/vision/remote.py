@@ -14,9 +14,10 @@ import grpc.aio
 
 from foveate.config import VisionSettings
 from foveate.errors import ConfigError, FoveateError, Unavailable, from_wire
-from foveate.transport.handle import EmbeddingHandle, Embeddings, InlineEmbeddings, Offer
+from foveate.transport.handle import Embeddings, Offer
 from foveate.vision import vision_pb2 as pb
 from foveate.vision.channels import open_channel
+from foveate.vision.replies import embeddings_in, reason_of
 from foveate.vision.rpc import TOKEN_KEY, Stub
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,7 @@ class RemoteEncoder:
         self._death = ""
         self._failures = {"Health": 0, "Encode": 0}
         self._wake = asyncio.Event()
+        self._closing = False
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[object]] = set()
         self._watcher: asyncio.Task[None] | None = None
@@ -146,6 +148,9 @@ class RemoteEncoder:
 
     async def close(self) -> None:
         """Stop watching, and end its calls."""
+        # gRPC makes an error of its own of a cancellation that meets the end of a call.
+        self._closing = True
+        self._wake.set()
         tasks = [*self._tasks, *([self._watcher] if self._watcher else [])]
         for task in tasks:
             task.cancel()
@@ -202,7 +207,7 @@ class RemoteEncoder:
                 yield reply.index, result
             self._failures["Encode"] = 0
         except grpc.aio.AioRpcError as error:
-            raise self._failed("Encode", _reason(error)) from error
+            raise self._failed("Encode", reason_of(error)) from error
         finally:
             self.pending -= slices
             call.cancel()
@@ -228,7 +233,7 @@ class RemoteEncoder:
             retry_after = error.retry_after if error.HasField("retry_after") else None
             return from_wire(error.code or None, error.message, status=error.status or 500, retry_after=retry_after)
         timings = {field.name: value for field, value in reply.timings.ListFields()}
-        return Encoded(_embeddings(reply), reply.cached, timings, self, request_id)
+        return Encoded(embeddings_in(reply), reply.cached, timings, self, request_id)
 
     def cancel(self, request_id: str) -> None:
         """Have it give up a request and its leases, without waiting for that."""
@@ -251,7 +256,7 @@ class RemoteEncoder:
         return dict(reply.values)
 
     async def _watch(self) -> None:
-        while True:
+        while not self._closing:
             self._wake.clear()
             if self._lost.done():
                 self._lost = asyncio.get_running_loop().create_future()
@@ -259,7 +264,7 @@ class RemoteEncoder:
                 health = await self._stub.Health(pb.HealthRequest(), metadata=self._metadata, timeout=_HEALTH_SECONDS)
                 await self._admit(health)
             except grpc.aio.AioRpcError as error:
-                self._failed("Health", _reason(error))
+                self._failed("Health", reason_of(error))
             except FoveateError as error:
                 self._leave_out(error.message)
             with contextlib.suppress(TimeoutError):
@@ -331,21 +336,3 @@ class RemoteEncoder:
             self._lost.set_exception(Lost(self.problem))
             self._lost.exception()  # Nobody may be waiting.
         self.changed.set()
-
-
-def _embeddings(reply: pb.EncodeReply) -> Embeddings:
-    if reply.HasField("inline"):
-        rows = reply.inline
-        return InlineEmbeddings(
-            rows=rows.rows, num_tokens=rows.num_tokens, hidden_size=rows.hidden_size,
-            dtype=rows.dtype, digest=rows.digest,
-        )  # fmt: skip
-    handle = reply.handle
-    return EmbeddingHandle(
-        arena=handle.arena, offset=handle.offset, generation=handle.generation, num_tokens=handle.num_tokens,
-        hidden_size=handle.hidden_size, dtype=handle.dtype, digest=handle.digest, lease=handle.lease,
-    )  # fmt: skip
-
-
-def _reason(error: grpc.aio.AioRpcError) -> str:
-    return f"{error.code().name.lower().replace('_', ' ')}: {error.details()}"

@@ -185,3 +185,12 @@ async def test_a_worker_that_keeps_failing_is_given_up_on(tmp_path: Path, capsys
         service = Service(settings, resolve_model(settings.model), listener, Path(folder), child, policy=policy)
         assert await asyncio.wait_for(service.run(), 60) == EXIT_CHILD_FAILED
     assert "error: the worker ended with exit code 7, 3 times in a row" in capsys.readouterr().err
+
+
+def test_a_failure_of_its_own_half_ends_everything(runtime: Path, tmp_path: Path) -> None:
+    (tmp_path / "httptools.py").write_text("raise ImportError('this one is broken')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "XDG_RUNTIME_DIR": str(runtime)}
+    command = [sys.executable, "-m", "foveate.cli", "serve", *FLAGS]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "this one is broken" in ended.stderr
