@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from clock import Clock
 
 from foveate.errors import Overloaded, PictureError, Unavailable
 from foveate.transport.arena import Allocation, Arena
@@ -16,19 +17,6 @@ from foveate.transport.view import ArenaView
 
 BLOCK = 4096
 LAYOUT = Layout(block_bytes=BLOCK, num_blocks=4)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -2,24 +2,12 @@
 
 import pytest
 import torch
+from clock import Clock
 
 from foveate.errors import EngineError, Unavailable
 from foveate.transport.handle import EmbeddingSource, Publisher
 from foveate.transport.inline import to_inline
 from foveate.transport.local import LocalArena
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from clock import Clock
 
 from foveate.config import TransportSettings
 from foveate.errors import EngineError, InvalidRequest, Overloaded, PictureError, Unavailable
@@ -21,19 +22,6 @@ from foveate.transport.wire import CudaExport
 Eventually = Callable[[Callable[[], bool]], None]
 CPU = torch.device("cpu")
 SETTINGS = TransportSettings(arena_bytes=8 * 4096, arena_block_bytes=4096, arena_wait_seconds=0)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

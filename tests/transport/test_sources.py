@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from clock import Clock
 
 from foveate.config import TransportSettings
 from foveate.errors import EngineError, Unavailable
@@ -20,19 +21,6 @@ Eventually = Callable[[Callable[[], bool]], None]
 CPU = torch.device("cpu")
 ROWS = torch.arange(12.0).reshape(3, 4)
 SETTINGS = TransportSettings(arena_bytes=4 * 4096, arena_block_bytes=4096, lease_seconds=60)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
