@@ -205,6 +205,12 @@ class RemoteEncoder:
                 if isinstance(result, Unavailable):
                     raise self._failed("Encode", result.message)
                 yield reply.index, result
+            # Cancelled before its end, the service would take the last lease back: it cannot know that it arrived.
+            ending = asyncio.ensure_future(call.code())
+            try:
+                await asyncio.wait((ending, lost), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ending.cancel()
             self._failures["Encode"] = 0
         except grpc.aio.AioRpcError as error:
             raise self._failed("Encode", reason_of(error)) from error
