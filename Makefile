@@ -12,11 +12,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help serve bench test check lint fmt proto clean
+.PHONY: help serve bench test check lint fmt proto docs-reference clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
 
 serve: .venv/.installed  ## Start the server with the demo model (or ARGS="MODEL --flags")
 	@exec $(BIN)/foveate serve $(ARGS)
@@ -42,6 +42,9 @@ fmt: .venv/.installed-dev  ## Format the code and mend what can be mended
 proto: .venv/.installed-dev  ## Compile vision.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=foveate/vision/vision.protoset --pyi_out=. \
 		foveate/vision/vision.proto
+
+docs-reference: .venv/.installed  ## Make docs/configuration.md from the settings
+	$(BIN)/python -m foveate.deploy.reference > docs/configuration.md
 
 clean:  ## Remove the environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

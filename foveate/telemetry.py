@@ -1,20 +1,26 @@
-"""Logs with request ids, and Prometheus metrics.
+"""Logs with request ids, to standard error and to files, and Prometheus metrics.
 
 Each application makes its own :class:`Metrics` with a registry of its own, so that two never meet.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import logging.handlers
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from foveate.config import LogLevel
+from foveate.config import LogSettings
+from foveate.errors import ConfigError
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 """The id of the HTTP request that the current task works for, or ``-``."""
@@ -24,6 +30,7 @@ STAGES = (
 )  # fmt: skip
 """What a request goes through: its pictures are fetched, decoded, cut, wait for the encoder, are encoded, and written;
 then it waits for the engine, its embeddings are read, its prompt is prefilled, and its answer is decoded."""
+LogName = Literal["api", "engine", "vision"]
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
@@ -39,21 +46,75 @@ class RequestIdFilter(logging.Filter):
         return True
 
 
-def configure_logging(level: LogLevel) -> None:
-    """Send the logs of this process, as plain text with request ids, to standard error.
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one line: an object of JSON.
 
-    Calling it again replaces what it set up before.
+    Args:
+        process: the name of this one of the service's processes.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(RequestIdFilter())
-    handler.setFormatter(logging.Formatter(_FORMAT))
+
+    def __init__(self, process: LogName) -> None:
+        super().__init__()
+        self.process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line. ``time`` is that of the record in ISO 8601, in UTC."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "process": self.process,
+            "logger": record.name,
+            "request_id": getattr(record, "request_id", "-"),
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def configure_logging(logs: LogSettings, process: LogName) -> None:
+    """Send the logs of this process where the settings say. Calling it again replaces what it set up before.
+
+    Args:
+        logs: the settings.
+        process: gives the file in ``log_dir`` its name. Each file has one writer, who puts it aside when it is full.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    handlers: list[logging.Handler] = []
+    if logs.log_dir is not None:
+        handlers.append(_file_handler(logs, Path(logs.log_dir) / f"{process}.log"))
+    if logs.log_stderr:
+        handlers.append(logging.StreamHandler(sys.stderr))
+    for handler in handlers:
+        handler.addFilter(RequestIdFilter())
+        handler.setFormatter(JsonFormatter(process) if logs.log_format == "json" else logging.Formatter(_FORMAT))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    if level != "debug":
+    for replaced in root.handlers[:]:
+        root.removeHandler(replaced)
+        if isinstance(replaced, logging.FileHandler):
+            replaced.close()
+    root.handlers[:] = handlers
+    root.setLevel(logs.log_level.upper())
+    if logs.log_level != "debug":
         # One line for each picture that is fetched would drown everything else.
         logging.getLogger("httpx").setLevel(logging.WARNING)
         logging.getLogger("httpcore").setLevel(logging.WARNING)
+
+
+def _file_handler(logs: LogSettings, file: Path) -> logging.Handler:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return logging.handlers.RotatingFileHandler(
+            file,
+            maxBytes=logs.log_max_bytes,
+            backupCount=logs.log_backups,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+    except OSError as error:
+        raise ConfigError(f"--log-dir: {file} cannot be written ({error.strerror})") from error
 
 
 class EngineCollector(Collector):

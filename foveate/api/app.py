@@ -12,6 +12,7 @@ import msgspec
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -27,7 +28,7 @@ from foveate.api.errors import (
     json_response,
 )
 from foveate.api.identity import fingerprint
-from foveate.api.middleware import AccessControl, RequestScope
+from foveate.api.middleware import AccessControl, RequestScope, cors_options
 from foveate.api.response import EventStream, unless_hung_up
 from foveate.api.stream import Completion
 from foveate.chat.assets import ModelAssets
@@ -57,7 +58,14 @@ def create_app(
     metrics = Metrics()
     fetcher = MediaFetcher(settings.media)
     service = ChatService(
-        assets, model_name, settings.media, engine=engine, vision=vision, fetcher=fetcher, metrics=metrics
+        assets,
+        model_name,
+        settings.media,
+        settings.sampling,
+        engine=engine,
+        vision=vision,
+        fetcher=fetcher,
+        metrics=metrics,
     )
 
     @contextlib.asynccontextmanager
@@ -78,8 +86,10 @@ def create_app(
             ClientDisconnect: handle_hang_up,
         },
     )
-    # The last one added is the outermost.
+    # The last one added is the outermost. A browser asks whether it may send a key before it sends one.
     app.add_middleware(AccessControl, settings=settings.http)
+    if settings.http.cors_origins:
+        app.add_middleware(CORSMiddleware, **cors_options(settings.http))
     app.add_middleware(RequestScope, metrics=metrics)
     _add_chat(app, service, settings.http.max_body_bytes)
     _add_models(app, model_name, engine)

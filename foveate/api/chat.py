@@ -15,7 +15,7 @@ from foveate.api.timing import StageTimes
 from foveate.chat.assets import ModelAssets
 from foveate.chat.pieces import Prompt
 from foveate.chat.template import Message, PicturePart, TextPart
-from foveate.config import MediaSettings
+from foveate.config import MediaSettings, SamplingSettings
 from foveate.engine.client import EngineClient
 from foveate.engine.messages import Chunk, Generate, ImageSlot, Ready, SamplingParams
 from foveate.errors import ContextLengthExceeded, ModelNotFound, Unavailable
@@ -65,6 +65,7 @@ class ChatService:
         assets: the checkpoint's tokenizer, template and defaults.
         model_name: the name that requests must use.
         media: limits on pictures.
+        sampling: what the server takes where a request does not say.
         engine: where tokens come from.
         vision: where pictures are encoded.
         fetcher: where pictures are fetched.
@@ -76,6 +77,7 @@ class ChatService:
         assets: ModelAssets,
         model_name: str,
         media: MediaSettings,
+        sampling: SamplingSettings,
         *,
         engine: EngineClient,
         vision: VisionClient,
@@ -86,6 +88,7 @@ class ChatService:
         self.model_name = model_name
         self.engine = engine
         self.metrics = metrics
+        self._sampling = sampling
         self._max_images = media.max_images_per_request
         self._loader = PictureLoader(media, assets.pictures, fetcher, vision, metrics)
         tokenizer = assets.tokenizer
@@ -111,8 +114,9 @@ class ChatService:
         prompt = await self._write_prompt(request, pictures)
         sampling = sampling_params(
             request,
+            self._sampling,
             self.assets.generation,
-            max_tokens=answer_limit(prompt, request, limits),
+            max_tokens=answer_limit(prompt, request, limits, self._sampling.max_tokens),
             vocab_size=self.assets.vocab_size,
         )
         return PlannedChat(
@@ -188,13 +192,14 @@ class ChatService:
         return self.assets.tokenizer.encode_prompt(pieces)
 
 
-def answer_limit(prompt: Prompt, request: ChatCompletionRequest, limits: Ready) -> int:
-    """Return how many tokens an answer may have: what was asked for, or else all that fits.
+def answer_limit(prompt: Prompt, request: ChatCompletionRequest, limits: Ready, default: int | None) -> int:
+    """Return how many tokens an answer may have: what was asked for, or else the default, as far as it fits.
 
     Args:
         prompt: what comes before it.
         request: what the client sent.
         limits: what the engine takes.
+        default: tokens of an answer for which nothing was asked; None is all that fits.
 
     Raises:
         ContextLengthExceeded: the prompt, or the prompt with what was asked for, does not fit.
@@ -202,6 +207,12 @@ def answer_limit(prompt: Prompt, request: ChatCompletionRequest, limits: Ready) 
     length = len(prompt.token_ids)
     if length > limits.max_input_len:
         raise _too_long(f"{length} (of these, {prompt.num_image_tokens} for pictures)", limits)
+    if prompt.num_image_tokens > limits.max_image_tokens:
+        raise ContextLengthExceeded(
+            f"The prompt's pictures have {prompt.num_image_tokens} tokens; this server takes at most "
+            f"{limits.max_image_tokens}: send fewer pictures, or ask for less of them (detail, max_slice_nums).",
+            param="messages",
+        )
     asked, room = request.answer_limit, limits.max_seq_len - length
     if room < 1:
         raise _too_long(str(length), limits)
@@ -211,7 +222,9 @@ def answer_limit(prompt: Prompt, request: ChatCompletionRequest, limits: Ready) 
             f"this server takes at most {limits.max_seq_len}, so at most {room} can be asked for.",
             param="max_tokens" if request.max_completion_tokens is None else "max_completion_tokens",
         )
-    return room if asked is None else asked
+    if asked is not None:
+        return asked
+    return room if default is None else min(room, max(default, request.min_tokens or 0))
 
 
 def unknown_model(asked: str, served: str) -> ModelNotFound:

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _GUARDED = ("/v1/", "/metrics")
+_PREFLIGHT_SECONDS = 600
 
 
 class RequestScope:
@@ -71,11 +73,11 @@ class AccessControl:
 
     def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
         self.app = app
-        self._key = settings.api_key.encode() if settings.api_key else None
+        self._keys = [key.encode() for key in settings.api_key]
         self._host = settings.host.lower()
         # A name that an attacker points at 127.0.0.1 arrives as that name. With a key that gains nothing,
         # and a proxy in front may use any name.
-        self._check_host = self._key is None and (self._host == "localhost" or _is_loopback(self._host))
+        self._check_host = not self._keys and (self._host == "localhost" or _is_loopback(self._host))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on or refuse it."""
@@ -90,7 +92,7 @@ class AccessControl:
                 "localhost and its own address only, so that no web page can reach it under another name."
             )
             await refusal(403, message, "host_not_allowed")(scope, receive, send)
-        elif self._key and scope["path"].startswith(_GUARDED) and not self._has_key(headers):
+        elif self._keys and scope["path"].startswith(_GUARDED) and not self._has_key(headers):
             error = Unauthorized("This server needs its API key, as the header 'Authorization: Bearer KEY'.")
             await error_response(error)(scope, receive, send)
         else:
@@ -105,9 +107,25 @@ class AccessControl:
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        assert self._key is not None
         # Headers are decoded as Latin-1: encoding them so gives the client's bytes back.
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+        sent = given.strip().encode("latin-1")
+        # All are compared, so that the time does not tell which one was nearly right.
+        matches = [hmac.compare_digest(sent, key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def cors_options(settings: HttpSettings) -> dict[str, Any]:
+    """Return what Starlette's ``CORSMiddleware`` is to allow: pages of the named sites, with any header of theirs.
+
+    Cookies are not: this server knows its clients by their keys, which no browser sends by itself.
+    """
+    return {
+        "allow_origins": settings.cors_origins,
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["*"],
+        "expose_headers": ["x-request-id", "retry-after"],
+        "max_age": _PREFLIGHT_SECONDS,
+    }
 
 
 def _is_loopback(host: str) -> bool:

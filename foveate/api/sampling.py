@@ -1,4 +1,4 @@
-"""How a request's tokens are chosen: its own fields over the checkpoint's defaults."""
+"""How a request's tokens are chosen: its own fields over the server's settings over the checkpoint's defaults."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from foveate.api.schema import ChatCompletionRequest
 from foveate.chat.assets import GenerationDefaults
+from foveate.config import SamplingSettings
 from foveate.engine.messages import SamplingParams
 from foveate.errors import InvalidRequest
 
@@ -20,16 +21,22 @@ _SEEDS = 2**63 - 2**16
 
 
 def sampling_params(
-    request: ChatCompletionRequest, defaults: GenerationDefaults, *, max_tokens: int, vocab_size: int
+    request: ChatCompletionRequest,
+    server: SamplingSettings,
+    checkpoint: GenerationDefaults,
+    *,
+    max_tokens: int,
+    vocab_size: int,
 ) -> SamplingParams:
     """Decide every parameter.
 
     A request that does not sample is exactly greedy: the checkpoint's repetition penalty, which would change
-    the answer, then applies only if the request itself asks for it.
+    the answer, then applies only if the request or the server asks for it.
 
     Args:
         request: what the client asked for.
-        defaults: the checkpoint's ``generation_config.json``.
+        server: what the server's settings say for all requests.
+        checkpoint: its ``generation_config.json``.
         max_tokens: most tokens of the answer, already checked against the server's limits.
         vocab_size: entries of the model's output.
 
@@ -40,17 +47,20 @@ def sampling_params(
     if (request.min_tokens or 0) > max_tokens:
         message = f"'min_tokens' is {request.min_tokens}, but at most {max_tokens} fit behind the prompt."
         raise InvalidRequest(message, param="min_tokens")
-    temperature = _or(request.temperature, defaults.temperature if defaults.do_sample else 0.0)
+    own_temperature = checkpoint.temperature if checkpoint.do_sample else 0.0
+    temperature = _first(request.temperature, server.temperature, own_temperature)
     greedy = temperature < GREEDY_BELOW
-    top_k = max(_or(request.top_k, defaults.top_k), 0)
+    top_k = max(_first(request.top_k, server.top_k, checkpoint.top_k), 0)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=request.min_tokens or 0,
         temperature=0.0 if greedy else temperature,
         top_k=0 if greedy or top_k >= vocab_size else top_k,
-        top_p=1.0 if greedy else max(_or(request.top_p, defaults.top_p), _MIN_TOP_P),
-        min_p=0.0 if greedy else request.min_p or 0.0,
-        repetition_penalty=_or(request.repetition_penalty, 1.0 if greedy else defaults.repetition_penalty),
+        top_p=1.0 if greedy else max(_first(request.top_p, server.top_p, checkpoint.top_p), _MIN_TOP_P),
+        min_p=0.0 if greedy else _first(request.min_p, server.min_p, 0.0),
+        repetition_penalty=_first(
+            request.repetition_penalty, server.repetition_penalty, 1.0 if greedy else checkpoint.repetition_penalty
+        ),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         seed=None if request.seed is None else request.seed % _SEEDS,
@@ -70,5 +80,5 @@ def _check_ids(request: ChatCompletionRequest, vocab_size: int) -> None:
                 raise InvalidRequest(message, param=field)
 
 
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
+def _first(asked: T | None, server: T | None, own: T) -> T:
+    return asked if asked is not None else own if server is None else server

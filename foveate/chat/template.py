@@ -57,6 +57,9 @@ class ChatTemplate:
         source: the template, in Jinja's language as ``transformers`` sets it up.
         special_tokens: names that the template may use, such as ``bos_token``.
 
+    Attributes:
+        source: as given.
+
     Raises:
         CheckpointError: the template is not valid.
     """
@@ -73,6 +76,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise CheckpointError(f"chat_template: is not valid Jinja ({error})") from error
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
 
     def render(

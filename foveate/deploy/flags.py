@@ -1,104 +1,29 @@
-"""The command line's flags, made from the fields of :class:`foveate.config.Settings`.
+"""The command line's flags, made from :mod:`foveate.deploy.fields`.
 
-Nothing is typed twice: a field's name gives the flag and the environment variable, its docstring the help,
-its type the check. Values travel as the text that was typed, so that one place, pydantic, says what is wrong
-with them.
+Values travel as the text that was typed, so that :mod:`foveate.deploy.sources` says of every value, wherever it came
+from, what is wrong with it.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, Token
-from pydantic import SkipValidation, ValidationError
+from pydantic import SkipValidation
 
 from foveate.config import Settings
+from foveate.deploy.fields import ENVIRONMENT_PREFIX, Flag, Given, Origin, flags
+from foveate.deploy.settings_file import SUFFIXES, read_settings_file
+from foveate.deploy.sources import Configuration, configure
 from foveate.errors import ConfigError
 
-ENVIRONMENT_PREFIX = "FOVEATE_"
-_BOUNDS = {
-    "exclusiveMinimum": "greater than",
-    "minimum": "of at least",
-    "exclusiveMaximum": "less than",
-    "maximum": "at most",
-}
-_NOUNS = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false"}
+__all__ = ["Flag", "configuration_command", "flags", "settings_command"]
 
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One field of one section, as the command line shows it.
-
-    Attributes:
-        section: the section's field name in :class:`Settings`.
-        field: the field's name in the section.
-        schema: the field's JSON schema, without null.
-        help: the field's docstring.
-        default: the field's default.
-    """
-
-    section: str
-    field: str
-    schema: Mapping[str, Any]
-    help: str
-    default: Any
-
-    @property
-    def name(self) -> str:
-        """The flag, such as ``--max-seq-len``."""
-        return "--" + self.field.replace("_", "-")
-
-    @property
-    def environment(self) -> str:
-        """The environment variable, such as ``FOVEATE_MAX_SEQ_LEN``."""
-        return ENVIRONMENT_PREFIX + self.field.upper()
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the flag may be repeated."""
-        return self.schema.get("type") == "array"
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the flag takes no value and has a ``--no-`` form."""
-        return self.schema.get("type") == "boolean"
-
-    @property
-    def expected(self) -> str:
-        """What a value has to be, in words."""
-        if self.is_list:
-            return "a list"
-        if "enum" in self.schema:
-            return "one of " + ", ".join(self.schema["enum"])
-        bounds = [f"{words} {self.schema[key]}" for key, words in _BOUNDS.items() if key in self.schema]
-        return " ".join([_NOUNS[self.schema["type"]], " and ".join(bounds)]).rstrip()
-
-    @property
-    def metavar(self) -> str:
-        """What stands for the value in ``--help``."""
-        if "enum" in self.schema:
-            return "|".join(self.schema["enum"])
-        return {"integer": "INT", "number": "NUMBER"}.get(self.schema["type"], "TEXT")
-
-
-@cache
-def flags() -> tuple[Flag, ...]:
-    """Return every flag, in the order of the definitions."""
-    return tuple(
-        Flag(section, field, _without_null(schema), schema["description"], schema["default"])
-        for section, info in Settings.model_fields.items()
-        for field, schema in info.default.model_json_schema()["properties"].items()
-    )
-
-
-def _without_null(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    choices: list[Mapping[str, Any]] = schema.get("anyOf", [schema])
-    return next(choice for choice in choices if choice.get("type") != "null")
+SETTINGS = "settings"
+"""The parameter that names the YAML file."""
 
 
 def settings_command(
@@ -110,10 +35,34 @@ def settings_command(
         run: gets the validated settings and returns the exit code. Its docstring is the command's help.
         takes: says of each setting whether it means anything to the command; if not given, all do.
     """
-    signature = inspect.Signature([_parameter(flag) for flag in flags() if takes(flag)], return_annotation=int)
 
-    def command(*args: list[Token], **kwargs: list[Token]) -> int:
-        return run(settings_from(signature.bind(*args, **kwargs).arguments))
+    def run_settings(configuration: Configuration) -> int:
+        return run(configuration.settings)
+
+    run_settings.__doc__ = run.__doc__
+    return configuration_command(run_settings, takes)
+
+
+def configuration_command(
+    run: Callable[..., int],
+    takes: Callable[[Flag], bool] = lambda flag: True,
+    extra: Sequence[inspect.Parameter] = (),
+) -> Callable[..., int]:
+    """Make a command that also learns where its settings came from.
+
+    Args:
+        run: gets a :class:`Configuration` and, by name, what was given for ``extra``.
+        takes: see :func:`settings_command`.
+        extra: keyword-only parameters of the command's own.
+    """
+    own = {parameter.name for parameter in extra}
+    parameters = [*(_parameter(flag) for flag in flags() if takes(flag)), _file_parameter(), *extra]
+    signature = inspect.Signature(parameters, return_annotation=int)
+
+    def command(*args: Any, **kwargs: Any) -> int:
+        given = signature.bind(*args, **kwargs).arguments
+        more = {name: given.pop(name) for name in own & given.keys()}
+        return run(configuration_from(given), **more)
 
     command.__doc__ = run.__doc__
     command.__signature__ = signature  # type: ignore[attr-defined]
@@ -132,7 +81,7 @@ def _parameter(flag: Flag) -> inspect.Parameter:
             help=section_class.__doc__ or "",
             sort_key=sections.index(flag.section),
         ),
-        help=flag.help,
+        help=flag.help + (" Or a YAML file of settings." if flag.field == "model" else ""),
         env_var=flag.environment,
         env_var_split=_split,
         metavar=None if flag.is_switch else flag.metavar,
@@ -147,6 +96,19 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     return inspect.Parameter(flag.field, kind, default=flag.default, annotation=annotation)
 
 
+def _file_parameter() -> inspect.Parameter:
+    parameter = Parameter(
+        group=Group("Settings", help="Flags beat environment variables, and both beat the file.", sort_key=-1),
+        help="YAML file with settings; see foveate config.",
+        env_var=ENVIRONMENT_PREFIX + SETTINGS.upper(),
+        metavar="FILE",
+        show_default=False,
+        converter=_keep_tokens,
+    )
+    annotation = Annotated[str, SkipValidation(), parameter]
+    return inspect.Parameter(SETTINGS, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
 def _keep_tokens(_type: object, tokens: Iterable[Token]) -> list[Token]:
     return list(tokens)
 
@@ -158,50 +120,52 @@ def _split(hint: object, value: str, *, delimiter: str | None = None) -> list[st
     return [part.strip() for part in value.split(delimiter or ",") if part.strip()]
 
 
-def settings_from(given: Mapping[str, Iterable[Token] | bool]) -> Settings:
-    """Validate what was typed, by field name: tokens, or the value that a switch stands for.
+def configuration_from(given: Mapping[str, Iterable[Token] | bool]) -> Configuration:
+    """Validate what was typed, what the environment says, and what stands in the file that either names.
 
-    An environment variable that is set but empty counts as not set.
+    Args:
+        given: by parameter: tokens, or the value that a switch stands for. An environment variable that is set but
+            empty counts as not set.
 
     Raises:
-        ConfigError: a value is wrong. The message has one line for each, which names the flag or variable.
+        ConfigError: a value is wrong, or the file is. The message has one line for each problem.
+        CheckpointError: the model is an engine directory with a broken manifest.
     """
-    sections: dict[str, dict[str, object]] = {section: {} for section in Settings.model_fields}
-    origins: dict[str, str] = {}
+    typed: dict[str, Given] = {}
+    from_environment: dict[str, Given] = {}
     for flag in flags():
         value = given.get(flag.field, [])
         if isinstance(value, bool):
-            sections[flag.section][flag.field] = value
-        elif tokens := [token for token in value if token.source != "env" or token.value]:
+            typed[flag.field] = Given(value, Origin("flag", flag.name))
+        elif tokens := _not_empty(value):
             texts = [token.value for token in tokens]
-            sections[flag.section][flag.field] = texts if flag.is_list else texts[0]
-            origins[flag.field] = flag.environment if tokens[0].source == "env" else flag.name
-    try:
-        settings = Settings.model_validate(sections)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(detail, origins) for detail in error.errors())) from error
-    _check_combinations(settings)
-    return settings
+            is_typed = tokens[0].source != "env"
+            origin = Origin("flag", flag.name) if is_typed else Origin("environment", flag.environment)
+            layer = typed if is_typed else from_environment
+            layer[flag.field] = Given(texts if flag.is_list else texts[0], origin)
+    file = _settings_file(given, typed)
+    return configure(typed, from_environment, read_settings_file(file) if file else {})
 
 
-def _describe(detail: Any, origins: Mapping[str, str]) -> str:
-    """Say in one line what is wrong with a value, or with several together."""
-    field = detail["loc"][1] if len(detail["loc"]) > 1 else None
-    for flag in flags():
-        if flag.field == field:
-            return f"{origins.get(flag.field, flag.name)}: got {detail['input']!r}, expected {flag.expected}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    names = "|".join(flag.field for flag in flags())
-    return re.sub(rf"\b({names})\b", lambda match: "--" + match[0].replace("_", "-"), message)
+def _not_empty(tokens: Iterable[Token] | bool) -> list[Token]:
+    return [] if isinstance(tokens, bool) else [token for token in tokens if token.source != "env" or token.value]
 
 
-def _check_combinations(settings: Settings) -> None:
-    """Refuse settings that are fine alone but not together.
+def _settings_file(given: Mapping[str, Iterable[Token] | bool], typed: dict[str, Given]) -> Path | None:
+    """Return the file that was named, be it in the model's place, from where it is taken.
 
     Raises:
-        ConfigError: says which, and what to do.
+        ConfigError: two were named, or the one in the model's place is not there.
     """
-    if settings.model.config is not None and settings.model.load_format != "dummy":
-        raise ConfigError("--config: only goes with --load-format dummy; a real model brings its own configuration")
-    if settings.http.api_key == "":
-        raise ConfigError("--api-key: got an empty key; leave the flag out to serve without one")
+    tokens = _not_empty(given.get(SETTINGS, []))
+    model = typed.get("model")
+    if model is not None and isinstance(model.value, str) and model.value.endswith(SUFFIXES):
+        path = Path(model.value)
+        if not path.is_dir():
+            if not path.is_file():
+                raise ConfigError(f"{path}: there is no such file")
+            if tokens and tokens[0].source != "env":
+                raise ConfigError(f"--settings: got {tokens[0].value!r}, and {path} as well; give one of them")
+            del typed["model"]
+            return path
+    return Path(tokens[0].value) if tokens else None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from foveate.config import Settings
+from foveate.deploy.fields import without_secrets
 from foveate.errors import ConfigError
 
 PREFIX = "foveate-"
@@ -30,8 +31,8 @@ def instance_directory(settings: Settings) -> Iterator[Path]:
     Raises:
         ConfigError: no folder can take it.
     """
-    parent = _parent()
-    _remove_abandoned(parent)
+    parent = runtime_folder()
+    remove_abandoned(parent)
     try:
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     except OSError as error:
@@ -41,20 +42,18 @@ def instance_directory(settings: Settings) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # It gets its name when it is held, so that nobody can take it in between.
             (directory / "new").rename(directory / _LOCK)
-            public = settings.model_copy(
-                update={
-                    "http": settings.http.model_copy(update={"api_key": None}),
-                    "vision": settings.vision.model_copy(update={"vision_token": None}),
-                }
-            )
-            (directory / "settings.json").write_text(public.model_dump_json(), encoding="utf-8")
+            (directory / "settings.json").write_text(without_secrets(settings).model_dump_json(), encoding="utf-8")
             yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _parent() -> Path:
-    """Choose the user's runtime folder, else the one for temporary files; the path has to stay short."""
+def runtime_folder() -> Path:
+    """Choose the user's runtime folder, else the one for temporary files; the path has to stay short.
+
+    Raises:
+        ConfigError: neither can be used.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     for candidate in (runtime, tempfile.gettempdir(), "/tmp"):  # noqa: S108 (mkdtemp makes the name)
         path = Path(candidate)
@@ -70,15 +69,30 @@ def _fits(path: Path) -> bool:
     return len(os.fsencode(path)) + len(_LONGEST_NAME) <= MAX_PATH_BYTES
 
 
-def _remove_abandoned(parent: Path) -> None:
-    """Remove directories whose server is gone: their lock file is there, and nobody holds it any more."""
+def remove_abandoned(parent: Path) -> list[Path]:
+    """Remove directories whose server is gone, and return them."""
+    removed = []
+    for directory in abandoned(parent):
+        shutil.rmtree(directory, ignore_errors=True)
+        removed.append(directory)
+    return removed
+
+
+def abandoned(parent: Path) -> Iterator[Path]:
+    """Yield directories whose server is gone: their lock file is there, and nobody holds it.
+
+    While one is yielded, its lock is held here.
+
+    Args:
+        parent: where to look.
+    """
     for lock_file in parent.glob(f"{PREFIX}*/{_LOCK}"):
         try:
             if lock_file.is_symlink() or lock_file.stat().st_uid != os.getuid():
                 continue
             with lock_file.open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock_file.parent, ignore_errors=True)
+                yield lock_file.parent
         except OSError:
             # Locked by a living server, or removed by another one at this moment: not ours to remove.
             continue

@@ -29,7 +29,7 @@ def listen(http: HttpSettings) -> socket.socket:
         ConfigError: the address is unknown, taken or forbidden, or other machines could reach it without a
             key.
     """
-    if http.api_key is None and not is_loopback(http.host):
+    if not http.api_key and not is_loopback(http.host):
         raise ConfigError(
             f"--host: other machines can reach {http.host}, so clients must show a key: "
             "set one with --api-key or FOVEATE_API_KEY"
@@ -68,10 +68,10 @@ def _why(http: HttpSettings, error: OSError) -> str:
     return f"--host: cannot listen on {http.host} port {http.port} ({error.strerror})"
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the address under which this machine reaches the socket, as a URL without a path."""
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-    return f"http://{address}:{port}" if address.version == 4 else f"http://[{address}]:{port}"
+    return f"{scheme}://{address}:{port}" if address.version == 4 else f"{scheme}://[{address}]:{port}"

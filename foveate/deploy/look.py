@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from foveate.config import Settings
 from foveate.deploy.flags import Flag, settings_command
+from foveate.deploy.instance import instance_directory
+from foveate.deploy.keys import with_secrets
 from foveate.deploy.resolve import resolve_model
 from foveate.errors import ConfigError
 from foveate.telemetry import configure_logging
@@ -18,7 +17,7 @@ _MEDIA = frozenset({"max_image_pixels", "max_image_bytes"})
 
 
 def look(settings: Settings) -> int:
-    """Start a vision service alone and keep it running until Ctrl-C; return the exit code.
+    """Start a vision service alone and keep it running until Ctrl-C.
 
     Raises:
         ConfigError: a setting is impossible on this machine, or ``--listen`` is missing.
@@ -27,18 +26,20 @@ def look(settings: Settings) -> int:
     listen = settings.vision.listen
     if listen is None:
         raise ConfigError("--listen: say where: unix:PATH, or HOST:PORT with --vision-token or TLS")
-    configure_logging(settings.logs.log_level)
+    settings = with_secrets(settings)
+    configure_logging(settings.logs, "vision")
     model = resolve_model(settings.model)
     settings = settings.model_copy(update={"model": model.settings})
     print(f"Loading the vision encoder of {model.name} from {model.folder} ...", flush=True)
     # Imported here because it brings in torch, which checking the settings does not need.
     from foveate.vision.process import serve
 
-    with tempfile.TemporaryDirectory(prefix="foveate-") as folder:
+    # What it leaves behind when it is killed is found by its lock.
+    with instance_directory(settings) as directory:
         serve(
             settings,
             listen=listen,
-            arena_address=str(Path(folder) / "arena.sock"),
+            arena_address=str(directory / "arena.sock"),
             ready=lambda address: print(f"{READY}{address} ({model.name})", flush=True),
         )
     return 0

@@ -24,10 +24,14 @@ import uvloop
 
 from foveate.config import Settings
 from foveate.deploy.flags import settings_command
+from foveate.deploy.handover import RETIRE, first_of, inherited_listener, retire, waits_until_ready
 from foveate.deploy.instance import instance_directory
+from foveate.deploy.keys import with_secrets
+from foveate.deploy.limits import within_limits
 from foveate.deploy.listen import listen, url_of
 from foveate.deploy.resolve import ResolvedModel, resolve_model
 from foveate.deploy.supervise import Child, ChildFailed, RestartPolicy, keep_alive
+from foveate.deploy.tls import Certificate, read_certificate
 from foveate.deploy.welcome import curl_line, ready_line
 from foveate.telemetry import configure_logging
 
@@ -44,16 +48,18 @@ logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> int:
-    """Start the server and keep it running until Ctrl-C; return the exit code.
+    """Start the server and keep it running until Ctrl-C.
 
     Raises:
         ConfigError: a setting is impossible on this machine.
         CheckpointError: the model is not there, or is not one that can be served.
     """
-    configure_logging(settings.logs.log_level)
-    with contextlib.closing(listen(settings.http)) as listener:
+    settings = with_secrets(settings)
+    configure_logging(settings.logs, "api")
+    certificate = read_certificate(settings.http)
+    with contextlib.closing(inherited_listener() or listen(settings.http)) as listener:
         model = resolve_model(settings.model)
-        settings = settings.model_copy(update={"model": model.settings})
+        settings = within_limits(settings.model_copy(update={"model": model.settings}), model.folder)
         print(f"Loading {model.name} from {model.folder} ...", flush=True)
         with instance_directory(settings) as directory:
             worker = Child([sys.executable, "-m", "foveate.worker", str(directory)])
@@ -63,7 +69,15 @@ def serve(settings: Settings) -> int:
                 worker.start()
                 if has_encoder:
                     encoder.start()
-                service = Service(settings, model, listener, directory, worker, encoder if has_encoder else None)
+                service = Service(
+                    settings,
+                    model,
+                    listener,
+                    directory,
+                    worker,
+                    encoder if has_encoder else None,
+                    certificate=certificate,
+                )
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     return runner.run(service.run())
             finally:
@@ -96,6 +110,7 @@ class Service:
         worker: the started engine.
         encoder: the started vision service, if it is a process of its own.
         policy: when they are started again; the default one if not given.
+        certificate: for HTTPS.
     """
 
     def __init__(
@@ -107,6 +122,7 @@ class Service:
         worker: Child,
         encoder: Child | None = None,
         policy: RestartPolicy | None = None,
+        certificate: Certificate | None = None,
     ) -> None:
         # This takes a second, in which the children, which are already running, import torch.
         from foveate.api.app import create_app
@@ -117,8 +133,9 @@ class Service:
 
         self.model = model
         self.listener = listener
-        self.url = url_of(listener)
-        self.has_key = settings.http.api_key is not None
+        self.url = url_of(listener, "https" if certificate else "http")
+        self.has_key = bool(settings.http.api_key)
+        self.certificate = certificate
         self.worker = worker
         self.encoder = encoder
         self.policy = policy
@@ -140,12 +157,16 @@ class Service:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                ssl_certfile=certificate.cert if certificate else None,
+                ssl_keyfile=certificate.key if certificate else None,
                 timeout_graceful_shutdown=math.ceil(settings.http.shutdown_seconds),
             )
         )
         # At the level info uvicorn tells of every step of its own life; ours is told in this module.
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         self._died = asyncio.Event()
+        self._retire = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._interrupted = False
 
     async def run(self) -> int:
@@ -155,9 +176,10 @@ class Service:
         assert main is not None
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, main)
+        loop.add_signal_handler(RETIRE, self._retire.set)
         await self.engine.start()
         await self.vision.start()
-        serving = asyncio.create_task(self.server.serve([self.listener]))
+        serving = asyncio.create_task(self._serve())
         watching = asyncio.create_task(keep_alive(self.worker, self._on_death, policy=self.policy))
         looking = asyncio.create_task(self._keep_looking())
         announcing = asyncio.create_task(self._announce())
@@ -176,6 +198,26 @@ class Service:
             await asyncio.gather(serving, watching, looking, announcing, return_exceptions=True)
             await self.vision.close()
             await self.engine.close()
+
+    async def _serve(self) -> None:
+        """Answer HTTP requests until the end, or until another server takes over."""
+        if waits_until_ready():
+            await first_of(self._usable(), self._stopping.wait())
+        if self._stopping.is_set():
+            return
+        async with asyncio.TaskGroup() as group:
+            retiring = group.create_task(self._hand_over())
+            await self.server.serve([self.listener])
+            retiring.cancel()
+
+    async def _usable(self) -> None:
+        await self.engine.wait_ready()
+        await self.vision.wait_usable()
+
+    async def _hand_over(self) -> None:
+        await self._retire.wait()
+        await retire(self.server)
+        self.server.should_exit = True
 
     @property
     def _children(self) -> list[Child]:
@@ -208,7 +250,7 @@ class Service:
                 # With a final exit code the child itself has said what is wrong.
                 print(f"error: {failure}", file=sys.stderr, flush=True)
             code = failure.exit_code or EXIT_CHILD_FAILED
-            self.server.should_exit = True
+            self._stop()
         await serving
         # Nobody is to start a child again while it is being ended.
         for task in (watching, looking):
@@ -222,6 +264,10 @@ class Service:
             return
         self._interrupted = True
         print("Stopping; running requests may finish. Ctrl-C again ends at once.", flush=True)
+        self._stop()
+
+    def _stop(self) -> None:
+        self._stopping.set()
         self.server.should_exit = True
 
     def _on_death(self, reason: str) -> None:
@@ -242,7 +288,8 @@ class Service:
             seconds = None if again else _seconds_since_start()
             print(ready_line(self.url, self.model.name, ready.device, ready.dtype, seconds), flush=True)
             if not again:
-                print(f"Try it:\n\n{curl_line(self.url, self.model.name, self.has_key)}\n", flush=True)
+                line = curl_line(self.url, self.model.name, self.has_key, certificate=self.certificate)
+                print(f"Try it:\n\n{line}\n", flush=True)
             again = True
             await self._died.wait()
             self._died.clear()

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -44,6 +44,7 @@ class Child:
         environment: variables beside this process's own.
         pipe_stdout: whether :meth:`lines` gets its standard output; otherwise it shares this process's.
         stderr: an open file for its standard error; otherwise it shares this process's.
+        pass_fds: open file descriptors that it gets too, under the same numbers.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Child:
         environment: Mapping[str, str] | None = None,
         pipe_stdout: bool = False,
         stderr: IO[bytes] | None = None,
+        pass_fds: Collection[int] = (),
     ) -> None:
         self.command = list(command)
         self.process: subprocess.Popen[bytes] | None = None
         self._environment = dict(environment or {})
         self._pipe_stdout = pipe_stdout
         self._stderr = stderr
+        self._pass_fds = pass_fds
 
     def start(self) -> None:
         """Start it, or start it again after it has ended."""
@@ -71,6 +74,7 @@ class Child:
             stdout=subprocess.PIPE if self._pipe_stdout else None,
             stderr=self._stderr,
             start_new_session=True,
+            pass_fds=self._pass_fds,
         )
 
     @property

@@ -70,6 +70,7 @@ class EngineCore:
         return Ready(
             max_batch_size=self.scheduler.max_batch_size,
             max_input_len=self.scheduler.max_input_len,
+            max_image_tokens=self.scheduler.max_image_tokens,
             max_seq_len=self.max_seq_len,
             num_blocks=self.runner.num_blocks,
             block_size=self.runner.block_size,

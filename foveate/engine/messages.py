@@ -136,6 +136,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
     max_batch_size: int
     max_input_len: int
+    max_image_tokens: int
     max_seq_len: int
     num_blocks: int
     block_size: int

@@ -109,7 +109,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def _store_by_columns(model: Qwen2) -> None:
     """Lay out the weights so that a product with few rows reads them in order: on a CPU that is 3 times as fast.
 
-    Only the memory behind them changes: their shapes and values do not.
+    Only the memory behind them changes: their shapes and values do not. Quantized weights stay as they are: they are
+    turned into floats some rows at a time.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not model.embed_tokens.weight:

@@ -102,6 +102,7 @@ class Scheduler:
         self.max_num_tokens = settings.max_num_tokens
         self.max_queue_size = settings.max_queue_size
         self.max_input_len = min(settings.max_input_len or max_seq_len, max_seq_len - 1)
+        self.max_image_tokens = min(settings.max_image_tokens or self.max_input_len, self.max_input_len)
         self.guaranteed = settings.scheduler_policy == "guaranteed_no_evict"
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []

@@ -108,9 +108,9 @@ def main() -> None:
     """Serve until the parent ends it. Exit codes: 2 for impossible settings, 3 for a bad checkpoint, 1 for the rest."""
     instance = Path(sys.argv[1])
     settings = Settings.model_validate_json((instance / "settings.json").read_bytes())
-    configure_logging(settings.logs.log_level)
     code = 0
     try:
+        configure_logging(settings.logs, "vision")
         serve(settings, listen=f"unix:{instance}/vision.sock", arena_address=f"{instance}/arena.sock")
     except FoveateError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.api.chat import PlannedChat
+from foveate.api.chat import PlannedChat, answer_limit
 from foveate.api.pictures import gather_or_cancel
 from foveate.api.sampling import sampling_params
 from foveate.api.schema import ChatCompletionRequest
@@ -17,11 +17,22 @@ from foveate.api.stream import Answer
 from foveate.api.timing import StageTimes
 from foveate.chat.assets import GenerationDefaults, ModelAssets
 from foveate.chat.pieces import Prompt
-from foveate.engine.messages import Chunk, SamplingParams, TokenLogprob
-from foveate.errors import InvalidRequest, Unavailable
+from foveate.config import SamplingSettings
+from foveate.engine.messages import Chunk, Ready, SamplingParams, TokenLogprob
+from foveate.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from foveate.telemetry import Metrics
 
 DEFAULTS = GenerationDefaults(do_sample=True, temperature=0.7, top_p=0.8, top_k=100, repetition_penalty=1.05)
+LIMITS = Ready(
+    max_batch_size=8,
+    max_input_len=99,
+    max_image_tokens=80,
+    max_seq_len=100,
+    num_blocks=64,
+    block_size=16,
+    device="cpu",
+    dtype="float32",
+)
 TIMES = StageTimes(Metrics())
 
 
@@ -83,10 +94,15 @@ def test_an_answer_that_the_engine_gives_up_is_an_error(assets: ModelAssets) -> 
         tell(Answer(planned([]), assets.tokenizer), [5], "abort")
 
 
-def chosen(defaults: GenerationDefaults = DEFAULTS, **fields: Any) -> SamplingParams:
+def asking(**fields: Any) -> ChatCompletionRequest:
     messages = [{"role": "user", "content": "Hello"}]
-    request = ChatCompletionRequest.model_validate({"model": "m", "messages": messages} | fields)
-    return sampling_params(request, defaults, max_tokens=7, vocab_size=1000)
+    return ChatCompletionRequest.model_validate({"model": "m", "messages": messages} | fields)
+
+
+def chosen(
+    defaults: GenerationDefaults = DEFAULTS, server: SamplingSettings | None = None, **fields: Any
+) -> SamplingParams:
+    return sampling_params(asking(**fields), server or SamplingSettings(), defaults, max_tokens=7, vocab_size=1000)
 
 
 def test_the_checkpoint_decides_what_the_request_leaves_open() -> None:
@@ -112,6 +128,41 @@ def test_a_request_that_does_not_sample_is_exactly_greedy(sampling: SamplingPara
 
 def test_greedy_takes_the_penalty_that_it_asks_for() -> None:
     assert chosen(temperature=0, repetition_penalty=1.2).repetition_penalty == 1.2
+
+
+def test_the_server_decides_before_the_checkpoint_and_after_the_request() -> None:
+    server = SamplingSettings(temperature=0.2, top_p=0.5, top_k=3, min_p=0.1, repetition_penalty=1.3)
+    sampling = chosen(server=server)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.2, 0.5, 3)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.3)
+    fields = {"temperature": 1.5, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert chosen(server=server, **fields) == chosen(**fields)
+    # A checkpoint that wants greedy answers is overruled, too.
+    assert chosen(GenerationDefaults(do_sample=False), server).temperature == 0.2
+    assert chosen(server=SamplingSettings(temperature=0)) == SamplingParams(max_tokens=7, temperature=0.0)
+    assert chosen(server=SamplingSettings(repetition_penalty=1.3), temperature=0).repetition_penalty == 1.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "default", "limit"),
+    [
+        ({}, None, 90),
+        ({}, 20, 20),
+        ({}, 1000, 90),
+        ({"max_tokens": 50}, 20, 50),
+        ({"min_tokens": 30}, 20, 30),
+    ],
+)
+def test_the_longest_answer(fields: dict[str, Any], default: int | None, limit: int) -> None:
+    request = asking(**fields)
+    assert answer_limit(Prompt([1] * 10, []), request, LIMITS, default) == limit
+
+
+def test_too_much_of_pictures_is_refused_with_both_numbers() -> None:
+    request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "?"}])
+    assert answer_limit(Prompt([1] * 90, [[(0, 80)]]), request, LIMITS, None) == 10
+    with pytest.raises(ContextLengthExceeded, match=r"pictures have 81 tokens; this server takes at most 80"):
+        answer_limit(Prompt([1] * 90, [[(0, 40)], [(40, 41)]]), request, LIMITS, None)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])

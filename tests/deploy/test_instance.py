@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.config import HttpSettings, Settings
+from foveate.config import HttpSettings, Settings, VisionSettings
 from foveate.deploy.instance import MAX_PATH_BYTES, instance_directory
 
 
@@ -38,8 +38,9 @@ def test_it_is_removed_after_an_error(runtime: Path) -> None:
 
 
 def test_the_key_is_not_written_down(runtime: Path) -> None:
-    with instance_directory(Settings(http=HttpSettings(api_key="a-secret"))) as directory:
-        assert "a-secret" not in (directory / "settings.json").read_text()
+    secrets = Settings(http=HttpSettings(api_key=["a-secret"]), vision=VisionSettings(vision_token="another-secret"))
+    with instance_directory(secrets) as directory:
+        assert "secret" not in (directory / "settings.json").read_text()
 
 
 def test_two_servers_do_not_meet(runtime: Path) -> None:

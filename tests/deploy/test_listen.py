@@ -37,10 +37,10 @@ def test_not_loopback_needs_a_key(host: str) -> None:
 
 
 def test_with_a_key_every_address_may_be_listened_on() -> None:
-    with listen(HttpSettings(host="0.0.0.0", port=0, api_key="key")) as listener:
+    with listen(HttpSettings(host="0.0.0.0", port=0, api_key=["key"])) as listener:
         assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_an_address_of_another_machine() -> None:
     with pytest.raises(ConfigError, match=r"--host: 192\.0\.2\.1 is not an address of this machine"):
-        listen(HttpSettings(host="192.0.2.1", port=0, api_key="key"))
+        listen(HttpSettings(host="192.0.2.1", port=0, api_key=["key"]))

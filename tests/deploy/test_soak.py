@@ -28,8 +28,8 @@ FLAGS = (
     "--embedding-cache-bytes=2097152",
     "--lease-seconds=20",
 )
-GROWTH_MIB = 100
-"""Of each process; a picture has 0.6 MiB of pixels."""
+GROWTH_MIB = 200
+"""Of each process: steps are as large as the pictures that wait. The last encoder gets 700 pictures of 0.6 MiB each."""
 
 KNOWN = [picture(seed, 100, 100) for seed in range(20)]
 """Pictures that are asked about again and again; what is said of each is known."""
