@@ -67,7 +67,7 @@ def build(settings: Settings, local: LocalArena | None) -> EngineCore:
 
 def _decode_threads(model: Qwen2) -> int:
     """Choose the decoder's threads: with weights that fit a core's cache, waking the others costs more than they do."""
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return 1 if size < _SMALL_BYTES else torch.get_num_threads()
 
 
@@ -114,9 +114,9 @@ def main() -> None:
     """Serve until the parent ends it. Exit codes: 2 for impossible settings, 3 for a bad checkpoint."""
     instance = Path(sys.argv[1])
     settings = Settings.model_validate_json((instance / "settings.json").read_bytes())
-    configure_logging(settings.logs.log_level)
     started = time.monotonic()
     try:
+        configure_logging(settings.logs, "engine")
         local = LocalArena(f"local-{secrets.token_hex(6)}") if settings.vision.encoder == "engine" else None
         if local is not None:
             _start_encoder(settings, instance, local)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from foveate.checkpoint.engine import is_engine
 from foveate.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ENGINE_INDEX = "engine.safetensors.index.json"
 
 
 def shards(folder: Path) -> dict[Path, frozenset[str] | None]:
     """List the safetensors files of a checkpoint in the order of their names, each with the tensors it should hold.
 
     Returns:
-        for each file what the index says is in it, or None where there is no index to say.
+        for each file what the index says is in it, or None where there is no index to say. An engine directory always
+        has one.
 
     Raises:
         CheckpointError: the index is malformed or leads out of its folder, or a file is missing.
     """
-    index = folder / INDEX
-    if not index.is_file():
+    index = folder / (ENGINE_INDEX if is_engine(folder) else INDEX)
+    if index.name == INDEX and not index.is_file():
         return {_there(folder / SINGLE): None}
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

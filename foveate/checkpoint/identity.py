@@ -6,6 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
+from foveate.checkpoint.engine import MANIFEST, is_engine, read_manifest
 from foveate.checkpoint.files import shards
 from foveate.errors import CheckpointError
 
@@ -21,10 +24,13 @@ def identity(folder: Path, *, dummy: bool) -> str:
     Hashed are the bytes of config.json and preprocessor_config.json and, of every safetensors file of the checkpoint,
     its name, its size, its header (the tensors' names, types, shapes and places) and 64 samples of 4 KiB spread
     evenly over its data, the first and the last bytes included. Training changes nearly every weight, so two
-    trainings of one size differ; it is no protection against somebody who changes single weights on purpose.
+    trainings of one size differ; it is no protection against somebody who changes single weights on purpose. Of an
+    engine directory the two configurations and the manifest's hashes of the safetensors files are hashed, so another
+    quantization is another model. Quantizing a checkpoint while loading does not rename it: whoever computes with it
+    has the same folder.
 
     Args:
-        folder: a checkpoint in the published layout.
+        folder: a checkpoint in the published layout, or an engine directory.
         dummy: the weights are made up (``load_format: dummy``), so that only the configurations count.
 
     Raises:
@@ -35,13 +41,26 @@ def identity(folder: Path, *, dummy: bool) -> str:
         for name in _CONFIGS:
             content = (folder / name).read_bytes()
             hashed.update(f"{name} {len(content)}\n".encode() + content)
-        for path in [] if dummy else shards(folder):
-            with path.open("rb") as file:
-                _add_weights(hashed, path, file)
+        if is_engine(folder) and not dummy:
+            _add_records(hashed, folder)
+        else:
+            for path in [] if dummy else shards(folder):
+                with path.open("rb") as file:
+                    _add_weights(hashed, path, file)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
     hashed.update(b"dummy" if dummy else b"weights")
     return hashed.hexdigest()
+
+
+def _add_records(hashed: hashlib._Hash, folder: Path) -> None:
+    manifest = read_manifest(folder)
+    hashed.update(msgspec.json.encode(manifest.quantization))
+    for path in shards(folder):
+        record = manifest.files.get(path.name)
+        if record is None or record.bytes != path.stat().st_size:
+            raise CheckpointError(f"{path}: is not the file that {MANIFEST} names")
+        hashed.update(f"{path.name} {record.bytes} {record.sha256}\n".encode())
 
 
 def _add_weights(hashed: hashlib._Hash, path: Path, file: BinaryIO) -> None:

@@ -1,41 +1,31 @@
-"""Loading a published checkpoint, or one part of it: strict both ways, one tensor in memory at a time."""
+"""Loading a model, or one part of it: strict both ways, one finished entry at a time.
+
+A folder is a published checkpoint, plain or quantized (AWQ, GPTQ), or an engine directory. What it stores is fused,
+cast and packed on the way in, on the device where it will be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from foveate.checkpoint.files import shards
-from foveate.errors import CheckpointError
+from foveate.checkpoint.headers import Progress
+from foveate.checkpoint.layout import empty_model, entries
+from foveate.checkpoint.stream import Part as Part
+from foveate.checkpoint.stream import Stream
 from foveate.models.config import ModelConfig
-from foveate.models.minicpmv import Destination, MiniCPMV
-from foveate.models.registry import architecture
-
-Part = Literal["all", "language", "vision"]
-"""What a process needs of a model: the engine ``language``, the vision encoder ``vision``."""
-
-Progress = Callable[[int, int], None]
-"""Called with (tensors loaded, tensors in all)."""
+from foveate.models.minicpmv import MiniCPMV
+from foveate.quantization.error import WeightErrors
+from foveate.quantization.linear import QuantizedLinear
+from foveate.quantization.scheme import Quantization
 
 _PARTS = ("vision", "language")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_NAMES_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor as its file's header describes it; ``dtype`` is the format's own name, such as BF16."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+_CPU = torch.device("cpu")
+_PLAIN = Quantization()
+_RANDOM_STD = 0.02
 
 
 def load_model(
@@ -44,129 +34,122 @@ def load_model(
     dtype: torch.dtype,
     *,
     part: Part = "all",
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> MiniCPMV:
-    """Build the model of a checkpoint folder and fill it, or one part of it.
+    """Build the model of a folder and fill it, or one part of it.
 
     The whole checkpoint is checked whatever the part is: names and shapes are in the files' headers, so that costs
     nothing. Of the other part no data is read and no memory is taken.
 
     Args:
-        folder: holds config.json and safetensors files, sharded with an index or single.
+        folder: a published checkpoint or an engine directory.
         device: where the weights go.
-        dtype: what they become.
+        dtype: what they become, but for those that are quantized.
         part: what is filled. The other part's module is there, with its parameters on the meta device: running it
             is an error of torch.
-        progress: called after every tensor.
+        quantization: how the weights are stored in memory; None for as they are in the folder.
+        progress: called after every tensor that was read.
 
     Raises:
         CheckpointError: a file is missing or damaged; a tensor is missing, unknown or misshapen. The message names it.
+        ConfigError: the folder is quantized already, in another way, or cannot be quantized in this one.
     """
-    config = ModelConfig.from_folder(folder)
-    destinations = architecture(config).tensors(config)
-    stored = _headers(folder)
-    _check(folder, config, stored, destinations)
-    wanted = [name for name in stored if part in ("all", destinations[name].parameter.split(".")[0])]
-    model = _empty(config, device, dtype, part)
-    parameters = dict(model.named_parameters())
-    for count, (name, tensor) in enumerate(_read(stored, wanted), start=1):
-        _fill(parameters[destinations[name].parameter], tensor, destinations[name])
-        if progress:
-            progress(count, len(wanted))
-    return model.eval()
+    stream = Stream(folder, dtype, part=part, quantization=quantization, device=device, progress=progress)
+    for name, tensor in stream:
+        _put(stream.model, name, tensor)
+    stream.model.language.tie()
+    return stream.model.eval()
+
+
+def stream_parameters(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    part: Part = "all",
+    quantization: Quantization | None = None,
+    device: torch.device = _CPU,
+    progress: Progress | None = None,
+    errors: WeightErrors | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the entries of the finished model, in the order of :func:`state_shapes`, one in memory at a time.
+
+    Args:
+        folder: a published checkpoint or an engine directory. It is checked as a whole before this returns.
+        dtype: of what is not quantized.
+        part: whose entries.
+        quantization: see :func:`load_model`.
+        device: where they are fused and packed.
+        progress: called after every tensor that was read.
+        errors: is told of every weight that is quantized here.
+
+    Returns:
+        an iterator over (name, tensor); nobody else keeps the tensors.
+
+    Raises:
+        CheckpointError: see :func:`load_model`; later too, if numbers cannot be quantized.
+        ConfigError: see :func:`load_model`.
+    """
+    stream = Stream(
+        folder, dtype, part=part, quantization=quantization, device=device, progress=progress, errors=errors
+    )
+    return iter(stream)
+
+
+def state_shapes(
+    config: ModelConfig, quantization: Quantization, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """List every entry of a model's state with its shape and type, without making it.
+
+    A head that shares the embeddings' table and is not quantized has no entry of its own.
+
+    Raises:
+        CheckpointError: there is no model of this type.
+        ConfigError: it cannot be quantized in this way.
+    """
+    return entries(empty_model(config, quantization, dtype))
 
 
 def dummy_model(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, *, part: Part = "all", seed: int = 0
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    part: Part = "all",
+    quantization: Quantization = _PLAIN,
+    seed: int = 0,
 ) -> MiniCPMV:
     """Build a model of random weights, small enough that activations stay finite, the same for the same seed.
 
-    A part of it has the same weights as in the whole model. See :func:`load_model` for what the other part is.
+    Packed weights are drawn as they are stored: there is never an unpacked one. A part of the model has the same
+    weights as in the whole one. See :func:`load_model` for what the other part is.
     """
-    model = _empty(config, device, dtype, part)
+    model = empty_model(config, quantization, dtype)
     with torch.no_grad():
         for name in _PARTS if part == "all" else (part,):
+            module = model.get_submodule(name).to_empty(device=device)
             # One generator for each part, so that a part does not depend on whether the other one is there.
-            generator = torch.Generator(device).manual_seed(seed)
-            for parameter_name, parameter in model.get_submodule(name).named_parameters():
-                if parameter.dim() == 1:
-                    # A weight of one dimension is a norm's; the rest are biases.
-                    parameter.fill_(1.0 if parameter_name.endswith("weight") else 0.0)
-                else:
-                    parameter.normal_(std=0.02, generator=generator)
+            _randomize(module, torch.Generator(device).manual_seed(seed))
+    model.language.tie()
     return model.eval()
 
 
-def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype, part: Part) -> MiniCPMV:
-    with torch.device("meta"):
-        model = architecture(config).build(config)
-    # Cast while nothing is allocated, so that a float32 copy of the real size never exists.
-    model.to(dtype).requires_grad_(False)
-    (model if part == "all" else model.get_submodule(part)).to_empty(device=device)
-    return model
+def _randomize(module: nn.Module, generator: torch.Generator) -> None:
+    for child in module.modules():
+        if isinstance(child, QuantizedLinear):
+            child.randomize(generator, _RANDOM_STD)
+        for name, parameter in child.named_parameters(recurse=False):
+            if parameter.dim() == 1:
+                # A weight of one dimension is a norm's; the rest are biases.
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                parameter.normal_(std=_RANDOM_STD, generator=generator)
 
 
-def _headers(folder: Path) -> dict[str, _Stored]:
-    """Describe every tensor of the checkpoint, checking the index against the files."""
-    stored: dict[str, _Stored] = {}
-    for path, indexed in shards(folder).items():
-        with _opened(path) as file:
-            names = list(file.keys())
-            if indexed is not None and indexed != set(names):
-                differing = sorted(indexed.symmetric_difference(names))
-                raise CheckpointError(f"{path}: the index and the file disagree about {_listed(differing)}")
-            for name in names:
-                header = file.get_slice(name)
-                stored[name] = _Stored(path, tuple(header.get_shape()), header.get_dtype())
-    return stored
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error})") from error
-
-
-def _check(
-    folder: Path, config: ModelConfig, stored: Mapping[str, _Stored], destinations: Mapping[str, Destination]
-) -> None:
-    for name, tensor in stored.items():
-        if name not in destinations:
-            raise CheckpointError(f"{tensor.file}: tensor {name} does not belong to a {config.model_type} of this size")
-        expected = destinations[name].shape
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, expected {list(expected)}"
-            )
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name} holds {tensor.dtype}, expected one of {', '.join(_FLOATS)}"
-            )
-    if missing := sorted(destinations.keys() - stored.keys()):
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing: {_listed(missing)}")
-
-
-def _read(stored: Mapping[str, _Stored], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors in the order in which they are stored, opening each file once and only if one is wanted."""
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        by_file.setdefault(stored[name].file, []).append(name)
-    for path, wanted in by_file.items():
-        with _opened(path) as file:
-            for name in wanted:
-                yield name, file.get_tensor(name)
-
-
-def _fill(parameter: nn.Parameter, tensor: Tensor, destination: Destination) -> None:
-    rows = destination.shape[0]
-    target = parameter.data[destination.start : destination.start + rows]
-    target.copy_(tensor.reshape(target.shape))
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = list(names)
-    more = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
-    return ", ".join(shown[:_NAMES_SHOWN]) + more
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._buffers:
+        module.register_buffer(leaf, tensor)
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))

@@ -21,6 +21,9 @@ silu_mul = reference.silu_mul
 write_kv = reference.write_kv
 paged_decode_attention = reference.paged_decode_attention
 paged_prefill_attention = reference.paged_prefill_attention
+int8_linear = reference.int8_linear
+fp8_linear = reference.fp8_linear
+int4_linear = reference.int4_linear
 
 
 def has_flash_attention(query: Tensor) -> bool:
@@ -59,8 +62,9 @@ def _offsets(lengths: tuple[int, ...], stream: torch.cuda.Stream) -> Tensor:
 def implementations(device: torch.device) -> dict[str, str]:
     """Name what serves each operation on ``device``, for the log and ``/metrics``."""
     flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    names = dict.fromkeys(
-        ("rms_norm", "rotary", "silu_mul", "write_kv", "paged_decode_attention", "paged_prefill_attention"),
-        "torch",
-    )
+    plain = (
+        "rms_norm", "rotary", "silu_mul", "write_kv", "paged_decode_attention", "paged_prefill_attention",
+        "int8_linear", "fp8_linear", "int4_linear",
+    )  # fmt: skip
+    names = dict.fromkeys(plain, "torch")
     return names | {"varlen_attention": "flash" if flash else "torch"}

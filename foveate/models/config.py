@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import CheckpointError
+from foveate.quantization.published import PublishedQuantization, read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,16 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The whole model: encoder, resampler with ``query_num`` queries, decoder."""
+    """The whole model: encoder, resampler with ``query_num`` queries, decoder.
+
+    ``published`` says how the weights of a quantized checkpoint are packed; None if they are plain.
+    """
 
     language: LanguageConfig
     vision: VisionConfig
     query_num: int
     model_type: str
+    published: PublishedQuantization | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -80,6 +85,7 @@ class ModelConfig:
         _refuse(raw, source)
         vision = _Fields(_Fields(raw, source).take("vision_config", dict), f"{source}: vision_config")
         fields = _Fields(raw, source)
+        packed = raw.get("quantization_config")
         config = cls(
             language=LanguageConfig(
                 **{name: fields.take(name, int) for name in _LANGUAGE_SIZES},
@@ -90,6 +96,7 @@ class ModelConfig:
             vision=VisionConfig(**{name: vision.take(name, int) for name in _VISION_SIZES}),
             query_num=fields.take("query_num", int),
             model_type=fields.take("model_type", str),
+            published=None if packed is None else read_quantization(packed, f"{source}: quantization_config"),
         )
         _check_divisible(config, source)
         return config
@@ -108,7 +115,6 @@ _UNSUPPORTED = {
     "drop_vision_last_layer": False,
     "hidden_act": "silu",
     "rope_scaling": None,
-    "quantization_config": None,
 }
 
 

@@ -10,6 +10,8 @@ from foveate.models.config import LanguageConfig, ModelConfig, VisionConfig
 from foveate.models.qwen2 import Qwen2
 from foveate.models.resampler import Resampler
 from foveate.models.siglip import SiglipEncoder
+from foveate.quantization.layers import replace_linears
+from foveate.quantization.scheme import Quantization
 
 
 class VisionTower(nn.Module):
@@ -29,6 +31,24 @@ class MiniCPMV(nn.Module):
         self.config = config
         self.vision = VisionTower(config)
         self.language = Qwen2(config.language)
+
+    def linears(self, *, vision: bool) -> list[str]:
+        """Name the linear layers that can be quantized: the decoder's and its head, and the encoder layers' if wanted.
+
+        The embeddings of tokens, patches and positions stay as they are, and so does the resampler.
+        """
+        places = ("language.", "vision.encoder.layers.") if vision else ("language.",)
+        return [
+            name for name, module in self.named_modules() if isinstance(module, nn.Linear) and name.startswith(places)
+        ]
+
+    def quantize(self, quantization: Quantization) -> None:
+        """Put empty quantized layers in the place of linear ones.
+
+        Raises:
+            ConfigError: what is to be kept is no layer of this model, or the groups' size is impossible.
+        """
+        replace_linears(self, self.linears(vision=quantization.vision), quantization)
 
 
 @dataclass(frozen=True, slots=True)
