@@ -36,7 +36,36 @@ app = App(
 app.command("foveate.deploy.serve:command", name="serve", help="Start the server.", sort_key=1)
 app.command("foveate.deploy.look:command", name="vision", help="Start a vision service alone.", sort_key=2)
 app.command("foveate.bench:command", name="bench", help="Measure a server under load.", sort_key=3)
-app.command(show_version, name="version", help="Print the version.", sort_key=4)
+app.command(
+    "foveate.deploy.checkpoints:split", name="split", help="Split a checkpoint into language and vision.", sort_key=10
+)
+app.command(
+    "foveate.deploy.checkpoints:build",
+    name="build",
+    help="Build an engine directory, quantized if wanted.",
+    sort_key=11,
+)
+app.command("foveate.deploy.checkpoints:inspect", name="inspect", help="Say what is in a model's folder.", sort_key=12)
+app.command("foveate.deploy.checkpoints:verify", name="verify", help="Compare a model with its reference.", sort_key=13)
+app.command(
+    "foveate.deploy.configuration:app", name="config", help="Show the settings and where they come from.", sort_key=20
+)
+app.command(
+    "foveate.manager.archive:command",
+    name="archive",
+    help="Bundle a model's configuration for starting it.",
+    sort_key=30,
+)
+app.command("foveate.manager.start:command", name="start", help="Start a service in the background.", sort_key=31)
+app.command("foveate.manager.listing:command", name="ps", help="List the services.", sort_key=32)
+app.command("foveate.manager.logs:command", name="logs", help="Show a service's logs.", sort_key=33)
+app.command(
+    "foveate.manager.reload:command", name="reload", help="Change a service without refusing a request.", sort_key=34
+)
+app.command("foveate.manager.restart:command", name="restart", help="Stop a service and start it again.", sort_key=35)
+app.command("foveate.manager.stop:command", name="stop", help="Stop services.", sort_key=36)
+app.command("foveate.manager.doctor:command", name="doctor", help="Check this machine.", sort_key=40)
+app.command(show_version, name="version", help="Print the version.", sort_key=50)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,6 +86,9 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv and argv[0] in app and {"--help", "-h"}.intersection(argv) and app[argv[0]].default_command:
+        # The line in the list of commands stands in for the whole text, which is known when the command is imported.
+        app[argv[0]].help = None
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:

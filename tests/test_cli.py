@@ -71,8 +71,14 @@ def test_help_of_serve_imports_no_torch() -> None:
 def test_help_names_every_command() -> None:
     result = foveate_command("--help")
     assert result.returncode == 0
-    for command in ("serve", "bench", "version"):
+    for command in ("serve", "build", "start", "stop", "doctor", "bench", "version"):
         assert f" {command} " in result.stdout
+
+
+def test_help_of_a_command_is_its_whole_text() -> None:
+    result = foveate_command("reload", "--help")
+    assert "A second server is started beside the one that runs" in result.stdout
+    assert "Exit codes: 0 done" in result.stdout
 
 
 def test_version_is_the_same_both_ways() -> None:
