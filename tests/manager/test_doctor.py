@@ -15,7 +15,7 @@ import pytest
 from managed import Home
 
 from foveate.manager.leftovers import leftovers
-from foveate.manager.process import own_id
+from foveate.manager.process import identify
 from foveate.manager.state import Folder, Record
 
 
@@ -73,6 +73,7 @@ def runtime(home: Home, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_only_what_belongs_to_nobody_is_left_over(home: Home, runtime: Path) -> None:
     """A held folder, a folder of somebody else, and a process that only looks alike stay."""
+    of_others = {one.what for one in leftovers()}
     abandoned, held, checkout = (runtime / f"foveate-{name}" for name in ("abandoned", "held", "checkout"))
     for folder in (abandoned, held, checkout):
         folder.mkdir()
@@ -81,26 +82,28 @@ def test_only_what_belongs_to_nobody_is_left_over(home: Home, runtime: Path) -> 
     service.make()
     service.write(Record(name="killed", role="all", created=0.0, status="ready"))
     service.control.touch()
-    alive = Folder.of("alive")
-    alive.make()
-    alive.write(Record(name="alive", role="all", created=0.0, status="ready", supervisor=own_id()))
-    alive.control.touch()
     sleeper = "import sys, time; time.sleep(600)"
     modules = runtime.parent / "modules" / "foveate"
     modules.mkdir(parents=True)
     (modules / "__init__.py").touch()
     (modules / "worker.py").write_text(sleeper)
     command = [sys.executable, "-m", "foveate.worker"]
-    environment = {**os.environ, "PYTHONPATH": str(modules.parent)}
+    # Where it is started is looked through first: not Foveate's own worker, which would soon end.
+    place = modules.parent
     with (held / "instance.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with (
-            subprocess.Popen([*command, str(abandoned)], env=environment) as orphan,
-            subprocess.Popen([*command, str(held)], env=environment) as child,
+            subprocess.Popen([*command, str(abandoned)], cwd=place) as orphan,
+            subprocess.Popen([*command, str(held)], cwd=place) as child,
             subprocess.Popen([sys.executable, "-c", sleeper, "foveate.worker", str(abandoned)]) as lookalike,
         ):
             try:
-                found = {one.what for one in leftovers()}
+                # Not this process: a test that fails leaves the service to the fixture, which stops it.
+                alive = Folder.of("alive")
+                alive.make()
+                alive.write(Record(name="alive", role="all", created=0.0, supervisor=identify(lookalike.pid)))
+                alive.control.touch()
+                found = {one.what for one in leftovers()} - of_others
                 assert found == {
                     f"process {orphan.pid} (foveate.worker)",
                     f"folder {abandoned}",
