@@ -35,7 +35,11 @@ app = App(
 # Commands are named, not imported: the first two bring in half a second of libraries each.
 app.command("foveate.deploy.serve:command", name="serve", help="Start the server.", sort_key=1)
 app.command("foveate.deploy.look:command", name="vision", help="Start a vision service alone.", sort_key=2)
-app.command("foveate.bench:command", name="bench", help="Measure a server under load.", sort_key=3)
+bench = App(name="bench", help="Measure a server under load, or a GPU's kernels.", sort_key=3)
+bench.command("foveate.bench.serve:command", name="serve", help="Measure a server under load.")
+bench.command("foveate.bench.gpu:kernels", name="kernels", help="Measure every operation of the decoder on a GPU.")
+app.command(bench)
+app.command("foveate.bench.gpu:tune", name="tune", help="Choose the fastest kernels for this GPU.", sort_key=4)
 app.command(
     "foveate.deploy.checkpoints:split", name="split", help="Split a checkpoint into language and vision.", sort_key=10
 )
@@ -86,9 +90,8 @@ def _interrupt(_signal: int, _frame: object) -> NoReturn:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if argv and argv[0] in app and {"--help", "-h"}.intersection(argv) and app[argv[0]].default_command:
-        # The line in the list of commands stands in for the whole text, which is known when the command is imported.
-        app[argv[0]].help = None
+    if {"--help", "-h"}.intersection(argv):
+        _show_whole_help(argv)
     try:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -98,6 +101,17 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _show_whole_help(argv: Sequence[str]) -> None:
+    """Let a command's own text, known once it is imported, take the place of its line in the list of commands."""
+    command = app
+    for name in argv:
+        if name.startswith("-") or name not in command:
+            break
+        command = command[name]
+    if command is not app and command.default_command:
+        command.help = None
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,4 +1,4 @@
-"""What ``foveate bench`` sends: questions and pictures new to any cache, the same ones for the same seed."""
+"""What ``foveate bench serve`` sends: questions and pictures new to any cache, the same ones for the same seed."""
 
 from __future__ import annotations
 

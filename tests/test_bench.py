@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from serving import RunningServer
 
-from foveate.bench import Answer, command, summarize
+from foveate.bench.serve import Answer, command, summarize
 from foveate.errors import ConfigError, FoveateError
 from foveate.workload import Workload, draw_picture
 

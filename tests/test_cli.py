@@ -161,5 +161,5 @@ def test_an_unknown_command_is_refused() -> None:
 
 
 def test_every_command_can_be_imported() -> None:
-    for name in ("serve", "bench", "version"):
-        assert callable(app[name].default_command)
+    for command in (app["serve"], app["bench"]["serve"], app["bench"]["kernels"], app["tune"], app["version"]):
+        assert callable(command.default_command)

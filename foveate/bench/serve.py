@@ -1,4 +1,4 @@
-"""``foveate bench``: a load generator that measures a server as its clients see it.
+"""``foveate bench serve``: a load generator that measures a server as its clients see it.
 
 Each level keeps a number of requests in flight (a closed loop): whoever has an answer sends the next request.
 Prompts and pictures differ from request to request, so that no cache answers for the model, and every answer
@@ -263,7 +263,7 @@ def command(
     """Measure a server under load.
 
     Without --url a server is started for the time of the measurement, with the model and flags of foveate
-    serve that stand on the same line: foveate bench --picture 448x448 --max-batch-size 16. The server's key,
+    serve that stand on the same line: foveate bench serve --picture 448x448 --max-batch-size 16. The server's key,
     if it wants one, is taken from FOVEATE_API_KEY.
 
     Args:
