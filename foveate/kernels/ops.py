@@ -1,29 +1,182 @@
-"""One signature per operation. Which implementation runs is decided once, by the device, and can be asked for.
+"""One signature per operation. Which implementation runs is decided once for each kind of device, and can be asked for.
 
-The faster implementations are compared with :mod:`foveate.kernels.reference`, which is also what runs elsewhere.
+On a CUDA device with Triton the operations are those of :mod:`foveate.kernels.triton`; elsewhere, and for what is
+missing there, those of :mod:`foveate.kernels.reference`, where shapes and types are described and with which the
+faster ones are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from importlib import import_module
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.config import Kernels
 from foveate.kernels import reference
 
-rms_norm = reference.rms_norm
+logger = logging.getLogger(__name__)
+
 rotary_cos_sin = reference.rotary_cos_sin
 rotary = reference.rotary
-silu_mul = reference.silu_mul
-write_kv = reference.write_kv
-paged_decode_attention = reference.paged_decode_attention
-paged_prefill_attention = reference.paged_prefill_attention
-int8_linear = reference.int8_linear
-fp8_linear = reference.fp8_linear
-int4_linear = reference.int4_linear
+
+CompileAhead = Callable[[Callable[[], object]], int]
+"""Compiles the kernels that something launches, which it runs without any effect, and says how many they were."""
+
+_TRITON = {
+    "start_decode": "step",
+    "greedy": "step",
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "rotary_write": "rope",
+    "silu_mul": "activation",
+    "paged_decode_attention": "decode_attention",
+    "fused_decode": "decode_attention",
+    "paged_prefill_attention": "prefill_attention",
+    "int8_linear": "linear",
+    "fp8_linear": "linear",
+    "int4_linear": "linear",
+    "gate_up_silu_int8": "linear",
+    "gate_up_silu_fp8": "linear",
+}
+"""The operations of ``foveate.kernels.triton``, and its modules that have them."""
+
+_choice: Kernels = "auto"
+
+
+def choose(kernels: Kernels) -> None:
+    """Decide for this process: the fastest that a device has (``auto``), or plain PyTorch (``reference``)."""
+    global _choice
+    _choice = kernels
+    _on_cuda.cache_clear()
+
+
+@contextmanager
+def compiler(device: torch.device) -> Iterator[CompileAhead]:
+    """Have kernels compiled ahead, on all cores; what that needs gets ready in the background."""
+    if device.type != "cuda" or not has_kernels(device):
+        yield lambda run: 0
+        return
+    from foveate.kernels.triton.ahead import Compiler
+
+    made = Compiler()
+    try:
+        yield made.compile
+    finally:
+        made.close()
+
+
+def start_decode(
+    tokens: Tensor, tables: Tensor, weight: Tensor, rows: Tensor, table_places: Tensor, table_blocks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :func:`foveate.kernels.reference.start_decode`."""
+    return _pick("start_decode", weight)(tokens, tables, weight, rows, table_places, table_blocks)
+
+
+def greedy(scores: Tensor, rows: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    """See :func:`foveate.kernels.reference.greedy`."""
+    return _pick("greedy", scores)(scores, rows, tokens, logits)
+
+
+def choice() -> Kernels:
+    """Return what :func:`choose` was told last."""
+    return _choice
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`foveate.kernels.reference.rms_norm`."""
+    return _pick("rms_norm", x)(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`foveate.kernels.reference.add_rms_norm`."""
+    return _pick("add_rms_norm", x)(x, residual, weight, eps)
+
+
+def rotary_write(
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor, heads: int
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.rotary_write`."""
+    return _pick("rotary_write", qkv)(qkv, cos_sin, positions, slots, key_cache, value_cache, heads)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See :func:`foveate.kernels.reference.silu_mul`."""
+    return _pick("silu_mul", gate_up)(gate_up)
+
+
+def paged_decode_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lengths: Tensor
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.paged_decode_attention`."""
+    return _pick("paged_decode_attention", query)(query, key_cache, value_cache, block_tables, lengths)
+
+
+def fused_decode(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    heads: int,
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.fused_decode`."""
+    decode = _pick("fused_decode", qkv)
+    return decode(qkv, cos_sin, positions, slots, key_cache, value_cache, block_tables, lengths, heads)
+
+
+def paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_offsets: Tensor,
+    key_lengths: Tensor,
+    longest_query: int,
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.paged_prefill_attention`."""
+    attend = _pick("paged_prefill_attention", query)
+    return attend(query, key_cache, value_cache, block_tables, query_offsets, key_lengths, longest_query)
+
+
+def int8_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.int8_linear`."""
+    return _pick("int8_linear", x)(x, qweight, scale, bias, residual)
+
+
+def fp8_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.fp8_linear`."""
+    return _pick("fp8_linear", x)(x, qweight, scale, bias, residual)
+
+
+def int4_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """See :func:`foveate.kernels.reference.int4_linear`."""
+    return _pick("int4_linear", x)(x, qweight, scale, zero, bias, residual)
+
+
+def gate_up_silu_int8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`foveate.kernels.reference.gate_up_silu_int8`."""
+    return _pick("gate_up_silu_int8", x)(x, qweight, scale, bias)
+
+
+def gate_up_silu_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`foveate.kernels.reference.gate_up_silu_fp8`."""
+    return _pick("gate_up_silu_fp8", x)(x, qweight, scale, bias)
 
 
 def has_flash_attention(query: Tensor) -> bool:
@@ -61,10 +214,33 @@ def _offsets(lengths: tuple[int, ...], stream: torch.cuda.Stream) -> Tensor:
 
 def implementations(device: torch.device) -> dict[str, str]:
     """Name what serves each operation on ``device``, for the log and ``/metrics``."""
-    flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    plain = (
-        "rms_norm", "rotary", "silu_mul", "write_kv", "paged_decode_attention", "paged_prefill_attention",
-        "int8_linear", "fp8_linear", "int4_linear",
-    )  # fmt: skip
-    names = dict.fromkeys(plain, "torch")
+    names = dict.fromkeys(_TRITON, "torch")
+    if device.type != "cuda":
+        return names | {"varlen_attention": "torch"}
+    flash = torch.cuda.get_device_capability(device) >= (8, 0)
+    names |= {name: "triton" for name in _TRITON if _on_cuda(name) is not getattr(reference, name)}
     return names | {"varlen_attention": "flash" if flash else "torch"}
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Say whether decoding on ``device`` needs nothing of the host, so that a CUDA graph can hold a step.
+
+    Everything else is free of the host in plain PyTorch too; attention there also looks at all that a table has room
+    for, and not just at a sequence's own blocks.
+    """
+    return implementations(device)["fused_decode"] == "triton"
+
+
+def _pick(name: str, like: Tensor) -> Callable[..., Any]:
+    return _on_cuda(name) if like.is_cuda else getattr(reference, name)
+
+
+@cache
+def _on_cuda(name: str) -> Callable[..., Any]:
+    if _choice != "reference" and torch.cuda.get_device_capability() >= (8, 0):
+        module = f"{__package__}.triton.{_TRITON[name]}"
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            logger.warning("%s runs as plain PyTorch: %s", name, error)
+    return getattr(reference, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add, and normalize the sum as :func:`rms_norm` does.
+
+    Args:
+        x: [..., hidden].
+        residual: the shape and type of ``x``.
+        weight: [hidden].
+        eps: added to the mean square.
+
+    Returns:
+        the normalized sum and the sum, both of the shape and type of ``x``
+    """
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cosines and sines, each [tokens, 1, head_dim // 2] in float32, for ``positions`` [tokens]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
@@ -33,6 +49,37 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` [tokens, heads, head_dim] by the angles of :func:`rotary_cos_sin`, halves paired (GPT-NeoX)."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_write(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    heads: int,
+) -> Tensor:
+    """Rotate queries and keys by their positions, and store keys and values in the paged cache, in place.
+
+    Args:
+        qkv: [tokens, (heads + 2 * kv_heads) * head_dim]: all query heads, then the key heads, then the value heads.
+        cos_sin: float32 [max_positions, head_dim], the cosines of :func:`rotary_cos_sin` and then its sines.
+        positions: int64 [tokens].
+        slots: int64 [tokens], see :func:`write_kv`.
+        key_cache: [blocks, block_size, kv_heads, head_dim].
+        value_cache: the shape of ``key_cache``.
+        heads: query heads.
+
+    Returns:
+        the rotated query [tokens, heads, head_dim]
+    """
+    kv_heads, head_dim = key_cache.shape[2:]
+    query_key, value = qkv.unflatten(-1, (-1, head_dim)).split((heads + kv_heads, kv_heads), dim=1)
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    query, key = rotary(query_key, cos, sin).split((heads, kv_heads), dim=1)
+    write_kv(key_cache, value_cache, key, value, slots)
+    return query
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -81,26 +128,29 @@ def write_kv(key_cache: Tensor, value_cache: Tensor, key: Tensor, value: Tensor,
         value_cache: the shape of ``key_cache``.
         key: [tokens, kv_heads, head_dim].
         value: the shape of ``key``.
-        slots: [tokens], block * block_size + offset.
+        slots: int64 [tokens], block * block_size + offset; -1: nothing is stored.
     """
+    if min(slots.tolist(), default=0) < 0:
+        written = slots >= 0
+        slots, key, value = slots[written], key[written], value[written]
     key_cache.flatten(0, 1).index_copy_(0, slots, key)
     value_cache.flatten(0, 1).index_copy_(0, slots, value)
 
 
 def paged_decode_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, mask: Tensor | None
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lengths: Tensor
 ) -> Tensor:
-    """One new token of each sequence attends to all its cached keys.
+    """One new token of each sequence attends to all its cached keys, its own among them.
 
     Args:
         query: [batch, heads, head_dim].
         key_cache: [blocks, block_size, kv_heads, head_dim]; what was never written must be finite.
         value_cache: the shape of ``key_cache``.
-        block_tables: [batch, longest], the sequences' blocks; beyond a sequence's end, any block.
-        mask: [batch, 1, 1, longest * block_size], True where a key is the sequence's own; None if all are.
+        block_tables: int32 [batch, longest], the sequences' blocks; beyond a sequence's end, any block.
+        lengths: int32 [batch], keys of each sequence; 0: there is none.
 
     Returns:
-        [batch, heads, head_dim]
+        [batch, heads, head_dim]; zeros where there is no sequence
     """
     key, value = (
         cache.index_select(0, block_tables.flatten()).unflatten(0, block_tables.shape).flatten(1, 2).transpose(1, 2)
@@ -108,27 +158,76 @@ def paged_decode_attention(
     )
     # The query heads that share a KV head become rows of one query: no copy of keys and values per head.
     grouped = query.unflatten(1, (key.shape[1], -1))
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).flatten(1, 2)
+    if not query.is_cuda and min(known := lengths.tolist(), default=0) == max(known, default=0) > 0:
+        # On a CPU, a look at the lengths takes less time than a mask.
+        key, value = key[:, :, : known[0]], value[:, :, : known[0]]
+        return F.scaled_dot_product_attention(grouped, key, value).flatten(1, 2)
+    own = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
+    attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=own[:, None, None]).flatten(1, 2)
+    # Where nothing is attended to, PyTorch's answer depends on its backend; some say NaN.
+    return torch.where(lengths[:, None, None] > 0, attended, 0.0)
+
+
+def fused_decode(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    heads: int,
+) -> Tensor:
+    """:func:`rotary_write` and :func:`paged_decode_attention` of one new token of each sequence.
+
+    What a sequence attends to, but for its own new token, must be in the cache before; it may not come from another
+    sequence's new token.
+    """
+    query = rotary_write(qkv, cos_sin, positions, slots, key_cache, value_cache, heads)
+    return paged_decode_attention(query, key_cache, value_cache, block_tables, lengths)
 
 
 def paged_prefill_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, num_cached: int
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_offsets: Tensor,
+    key_lengths: Tensor,
+    longest_query: int,
 ) -> Tensor:
-    """A chunk of one sequence's prompt attends to what came before it and, causally, to itself.
+    """Chunks of several sequences' prompts attend, each to what came before it and, causally, to itself.
 
     Args:
-        query: [tokens, heads, head_dim].
+        query: [tokens, heads, head_dim], one chunk after another.
         key_cache: [blocks, block_size, kv_heads, head_dim].
         value_cache: the shape of ``key_cache``.
-        block_table: [longest], the blocks of the sequence's first num_cached + tokens tokens.
-        num_cached: tokens of the sequence before this chunk.
+        block_tables: int32 [sequences, longest], the sequences' blocks; beyond a sequence's end, any block.
+        query_offsets: int32 [sequences + 1], where each chunk begins, and the end of the last.
+        key_lengths: int32 [sequences], tokens of each sequence up to the end of its chunk.
+        longest_query: tokens of the longest chunk, or more.
 
     Returns:
-        [tokens, heads, head_dim]
+        [tokens, heads, head_dim]; what is behind the last chunk means nothing
     """
-    total = num_cached + query.shape[0]
+    offsets, lengths = query_offsets.tolist(), key_lengths.tolist()
+    assert max((end - start for start, end in pairwise(offsets)), default=0) <= longest_query
+    chunks = [
+        _chunk_attention(query[start:end], key_cache, value_cache, table, length)
+        for (start, end), table, length in zip(pairwise(offsets), block_tables, lengths, strict=True)
+        if end > start
+    ]
+    if offsets[-1] < len(query):
+        chunks.append(torch.zeros_like(query[offsets[-1] :]))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def _chunk_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, total: int) -> Tensor:
+    num_cached = total - query.shape[0]
+    used = block_table[: -(-total // key_cache.shape[1])]
     key, value = (
-        cache.index_select(0, block_table).flatten(0, 1)[:total].transpose(0, 1) for cache in (key_cache, value_cache)
+        cache.index_select(0, used).flatten(0, 1)[:total].transpose(0, 1) for cache in (key_cache, value_cache)
     )
     repeats = query.shape[1] // key.shape[0]
     if repeats > 1:
@@ -143,7 +242,46 @@ def paged_prefill_attention(
     return attended[0].transpose(0, 1)
 
 
-def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def start_decode(
+    tokens: Tensor, tables: Tensor, weight: Tensor, rows: Tensor, table_places: Tensor, table_blocks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Bring block tables up to date, and look up embeddings and tables.
+
+    Args:
+        tokens: int64 [places], the newest token of each sequence.
+        tables: int32 [places, longest], their block tables; in place.
+        weight: [vocab_size, hidden], the embeddings.
+        rows: int64 [batch], each sequence's place.
+        table_places: int64 [batch], an element of each sequence's table, counted from the first of all tables.
+        table_blocks: int32 [batch], what it becomes.
+
+    Returns:
+        [batch, hidden] of the type of ``weight``, and int32 [batch, longest]
+    """
+    tables.view(-1).index_copy_(0, table_places, table_blocks)
+    return weight.index_select(0, tokens.index_select(0, rows)), tables.index_select(0, rows)
+
+
+def greedy(scores: Tensor, rows: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
+    """Choose the most likely tokens, the first among equals; note them, and keep the scores.
+
+    Args:
+        scores: [batch, vocab_size], of any floating type.
+        rows: int64 [batch], each sequence's place in ``tokens``.
+        tokens: int64 [places], gets the chosen tokens.
+        logits: float32 [batch, vocab_size], gets the scores.
+
+    Returns:
+        int64 [batch]
+    """
+    chosen = logits.copy_(scores).argmax(dim=-1)
+    tokens.index_copy_(0, rows, chosen)
+    return chosen
+
+
+def int8_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """Multiply by a weight of 8-bit integers, with a scale for each of its rows.
 
     Args:
@@ -151,14 +289,17 @@ def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) 
         qweight: int8 [out, in].
         scale: float32 [out].
         bias: [out], or None.
+        residual: [..., out] to be added, or None.
 
     Returns:
         [..., out], of the type of ``x``
     """
-    return _scaled_linear(x, qweight, scale, bias)
+    return _scaled_linear(x, qweight, scale, bias, residual)
 
 
-def fp8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def fp8_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """Multiply by a weight of 8-bit floats (e4m3, without infinities), with a scale for each of its rows.
 
     Args:
@@ -166,14 +307,17 @@ def fp8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -
         qweight: float8_e4m3fn [out, in].
         scale: float32 [out].
         bias: [out], or None.
+        residual: [..., out] to be added, or None.
 
     Returns:
         [..., out], of the type of ``x``
     """
-    return _scaled_linear(x, qweight, scale, bias)
+    return _scaled_linear(x, qweight, scale, bias, residual)
 
 
-def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
+def int4_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """Multiply by a weight of 4-bit integers, with a scale and a zero point for each group of its columns.
 
     Args:
@@ -182,6 +326,7 @@ def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bias: T
         scale: float16 [out, groups].
         zero: uint8 [out, groups].
         bias: [out], or None.
+        residual: [..., out] to be added, or None.
 
     Returns:
         [..., out], of the type of ``x``
@@ -191,7 +336,29 @@ def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor, bias: T
         for rows in _row_blocks(qweight)
     ]
     y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
-    return y if bias is None else y + bias
+    if bias is not None:
+        y = y + bias
+    return y if residual is None else y + residual
+
+
+def gate_up_silu_int8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply as :func:`int8_linear`, then combine both halves of the result as :func:`silu_mul`.
+
+    Args:
+        x: [..., in], of any floating type.
+        qweight: int8 [2 * size, in], the gate's rows first.
+        scale: float32 [2 * size].
+        bias: [2 * size], or None.
+
+    Returns:
+        [..., size], of the type of ``x``
+    """
+    return silu_mul(int8_linear(x, qweight, scale, bias))
+
+
+def gate_up_silu_fp8(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Do the same with a weight of 8-bit floats, float8_e4m3fn [2 * size, in]."""
+    return silu_mul(fp8_linear(x, qweight, scale, bias))
 
 
 def int4_weight(qweight: Tensor, scale: Tensor, zero: Tensor, in_features: int) -> Tensor:
@@ -215,11 +382,15 @@ def int4_weight(qweight: Tensor, scale: Tensor, zero: Tensor, in_features: int) 
     return weight.flatten(1)[:, :in_features]
 
 
-def _scaled_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     # Both 8-bit types are exact in bfloat16, their scaled values would not be: the scale comes after the product.
     products = [F.linear(x, qweight[rows].to(x.dtype)) for rows in _row_blocks(qweight)]
     y = (products[0] if len(products) == 1 else torch.cat(products, dim=-1)) * scale
-    return (y if bias is None else y + bias).to(x.dtype)
+    if bias is not None:
+        y = y + bias
+    if residual is not None:
+        y = y + residual
+    return y.to(x.dtype)
 
 
 def _row_blocks(qweight: Tensor) -> Iterator[slice]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.kernels import ops
-from foveate.quantization.linear import QuantizedLinear, divisor, row_blocks
+from foveate.quantization.linear import QuantizedLinear, divisor, like, row_blocks
 from foveate.quantization.scheme import Quantization
 
 _FORMAT = torch.float8_e4m3fn
@@ -55,7 +55,7 @@ class Fp8Linear(QuantizedLinear):
 
     @classmethod
     def _pack_rows(cls, weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
-        scale = weight.abs().amax(dim=1) / _LARGEST
+        scale = weight.abs().amax(dim=1) / like(_LARGEST, weight)
         # A scale of a few units of the last place is rounded so much that the largest weight may end up too large.
         scaled = (weight / divisor(scale)[:, None]).clamp_(-_LARGEST, _LARGEST)
         return {"qweight": scaled.to(_FORMAT), "scale": scale}

@@ -24,7 +24,7 @@ from torch import Tensor
 from foveate.errors import ConfigError
 from foveate.kernels import ops
 from foveate.kernels.reference import int4_weight
-from foveate.quantization.linear import QuantizedLinear, divisor
+from foveate.quantization.linear import QuantizedLinear, divisor, like
 from foveate.quantization.scheme import Quantization
 
 GROUP_UNIT = 32
@@ -74,7 +74,7 @@ class Int4Linear(QuantizedLinear):
         grouped = F.pad(weight, (0, groups * group_size - weight.shape[1])).unflatten(1, (groups, group_size))
         # Zero is always in the range, so that a zero point can stand for it.
         low, high = grouped.amin(dim=-1).clamp_(max=0), grouped.amax(dim=-1).clamp_(min=0)
-        scale = _half_rounded_up((high - low) / _LARGEST)
+        scale = _half_rounded_up((high - low) / like(_LARGEST, weight))
         step = divisor(scale.float())
         zero = (-low / step).round_().clamp_(0, _LARGEST)
         integers = (grouped / step[..., None]).round_().add_(zero[..., None]).clamp_(0, _LARGEST)

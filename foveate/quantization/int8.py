@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.kernels import ops
-from foveate.quantization.linear import QuantizedLinear, divisor
+from foveate.quantization.linear import QuantizedLinear, divisor, like
 from foveate.quantization.scheme import Quantization
 
 _LARGEST = 127  # -128 is not used, so that a weight and its negative are the same number of steps from zero.
@@ -49,6 +49,6 @@ class Int8Linear(QuantizedLinear):
 
     @classmethod
     def _pack_rows(cls, weight: Tensor, quantization: Quantization) -> dict[str, Tensor]:
-        scale = weight.abs().amax(dim=1) / _LARGEST
+        scale = weight.abs().amax(dim=1) / like(_LARGEST, weight)
         steps = (weight / divisor(scale)[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
         return {"qweight": steps.to(torch.int8), "scale": scale}

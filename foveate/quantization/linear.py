@@ -108,3 +108,8 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
 def divisor(scale: Tensor) -> Tensor:
     """Return what to divide by: the scale, or 1 for rows of nothing but zeros."""
     return torch.where(scale == 0, 1.0, scale)
+
+
+def like(number: float, other: Tensor) -> Tensor:
+    """Return a number as a tensor like another one: a GPU divides by a plain number a little differently than a CPU."""
+    return torch.full((), number, dtype=other.dtype, device=other.device)

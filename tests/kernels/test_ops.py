@@ -84,22 +84,96 @@ def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 def test_paged_prefill_attention(num_cached: int, device: str) -> None:
     key, value, key_cache, value_cache = paged(11, [7, 2, 5], device)
     query = torch.randn(11 - num_cached, 6, 16, device=device)
-    table = torch.tensor([7, 2, 5], device=device)
-    attended = ops.paged_prefill_attention(query, key_cache, value_cache, table, num_cached)
+    attended = ops.paged_prefill_attention(
+        query, key_cache, value_cache, integers([[7, 2, 5, 9]], device), integers([0, 11 - num_cached], device),
+        integers([11], device), 11 - num_cached,
+    )  # fmt: skip
     torch.testing.assert_close(attended, dense(query, key, value), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_paged_decode_attention_of_different_lengths(device: str) -> None:
+def test_paged_prefill_attention_of_several_sequences(device: str) -> None:
     key, value, key_cache, value_cache = paged(11, [7, 2, 5], device)
-    query = torch.randn(2, 6, 16, device=device)
-    tables = torch.tensor([[7, 2, 5], [7, 2, 0]], device=device)
-    lengths = torch.tensor([11, 6], device=device)
-    mask = (torch.arange(12, device=device) < lengths[:, None])[:, None, None]
-    attended = ops.paged_decode_attention(query, key_cache, value_cache, tables, mask)
-    expected = torch.stack([dense(query[row : row + 1], key[:n], value[:n])[0] for row, n in enumerate((11, 6))])
+    query = torch.randn(8, 6, 16, device=device)
+    # Both have the same beginning; one of them has computed some of it before, and the other has no token here.
+    tables, lengths = integers([[7, 2, 5], [7, 0, 0], [7, 2, 0]], device), integers([11, 3, 6], device)
+    attended = ops.paged_prefill_attention(
+        query, key_cache, value_cache, tables, integers([0, 2, 2, 8], device), lengths, 6
+    )
+    expected = torch.cat((dense(query[:2], key, value), dense(query[2:], key[:6], value[:6])))
     torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lengths", [(11, 6), (11, 0), (6, 6), (12, 12), (0, 0)])
+def test_paged_decode_attention_of_different_lengths(lengths: tuple[int, int], device: str) -> None:
+    key, value, key_cache, value_cache = paged(12, [7, 2, 5], device)
+    query = torch.randn(2, 6, 16, device=device)
+    tables = integers([[7, 2, 5], [7, 2, 5]], device)
+    attended = ops.paged_decode_attention(query, key_cache, value_cache, tables, integers(lengths, device))
+    assert attended.shape == query.shape
+    for row, length in enumerate(lengths):
+        expected = dense(query[row : row + 1], key[:length], value[:length])[0] if length else torch.zeros(6, 16)
+        torch.testing.assert_close(attended[row], expected.to(device), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rotary_write_is_rotation_and_storage(device: str) -> None:
+    positions, slots = torch.tensor([3, 0, 9], device=device), torch.tensor([6, -1, 0], device=device)
+    cos, sin = reference.rotary_cos_sin(torch.arange(10, device=device), 16, 10000.0)
+    qkv = torch.randn(3, 10 * 16, device=device)
+    query, key, value = qkv.unflatten(1, (10, 16)).split((6, 2, 2), dim=1)
+    caches = [torch.full((3, 4, 2, 16), 7.0, device=device) for _ in range(2)]
+    rotated = ops.rotary_write(qkv, torch.cat((cos, sin), dim=-1).squeeze(1), positions, slots, *caches, 6)
+    torch.testing.assert_close(rotated, reference.rotary(query, cos[positions], sin[positions]))
+    turned = reference.rotary(key, cos[positions], sin[positions])
+    for cache, new in zip(caches, (turned, value), strict=True):
+        expected = torch.full((12, 2, 16), 7.0, device=device)
+        expected[6], expected[0] = new[0], new[2]
+        torch.testing.assert_close(cache.flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fused_decode_is_its_parts(device: str) -> None:
+    _, _, *caches = paged(11, [7, 2, 5], device)
+    again = [cache.clone() for cache in caches]
+    table = torch.randn(20, 16, device=device)
+    qkv = torch.randn(2, 10 * 16, device=device)
+    positions, slots = torch.tensor([11, 0], device=device), torch.tensor([5 * 4 + 3, -1], device=device)
+    tables, lengths = integers([[7, 2, 5], [0, 0, 0]], device), integers([12, 0], device)
+    attended = ops.fused_decode(qkv, table, positions, slots, *caches, tables, lengths, 6)
+    query = reference.rotary_write(qkv, table, positions, slots, *again, 6)
+    torch.testing.assert_close(attended, reference.paged_decode_attention(query, *again, tables, lengths))
+    torch.testing.assert_close(caches, again)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_add_rms_norm_is_its_parts(device: str) -> None:
+    x, residual, weight = (torch.randn(shape, device=device) for shape in ((5, 64), (5, 64), (64,)))
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-6)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(normed, F.rms_norm(x + residual, (64,), weight, 1e-6))
+
+
+def integers(values: object, device: str) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
 def test_implementations_are_named() -> None:
-    assert ops.implementations(torch.device("cpu"))["varlen_attention"] == "torch"
+    names = ops.implementations(torch.device("cpu"))
+    assert set(names.values()) == {"torch"}
+    assert {"varlen_attention", "fused_decode", "int8_linear", "add_rms_norm"} <= set(names)
+    assert all(callable(getattr(ops, name)) for name in names)
+    assert not ops.has_kernels(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_plain_pytorch_can_be_chosen() -> None:
+    device = torch.device("cuda")
+    assert ops.has_kernels(device)
+    ops.choose("reference")
+    try:
+        assert not ops.has_kernels(device)
+        assert set(ops.implementations(device).values()) == {"torch", "flash"}
+    finally:
+        ops.choose("auto")

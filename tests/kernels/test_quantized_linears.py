@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,23 @@ from foveate.kernels import ops, reference
 torch.set_num_threads(1)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 OUT, IN, GROUP = 70, 160, 64
-Product = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class Product:
+    """A product with a random packed weight, by ``method``'s operation."""
+
+    def __init__(self, method: str, *parts: Tensor) -> None:
+        self.method, self.parts = method, parts
+
+    def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        operation = getattr(ops, f"{self.method}_linear")
+        result: Tensor = operation(x, *self.parts, bias, residual)
+        return result
+
+    def gated(self, x: Tensor) -> Tensor:
+        operation = getattr(ops, f"gate_up_silu_{self.method}")
+        result: Tensor = operation(x, *self.parts)
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +42,11 @@ def case(method: str, device: str) -> tuple[Product, Tensor]:
     if method == "int8":
         qweight = torch.randint(-127, 128, (OUT, IN), dtype=torch.int8)
         parts = (qweight.to(device), scale.to(device))
-        return lambda x, bias: ops.int8_linear(x, *parts, bias), qweight.double() * scale.double()[:, None]
+        return Product(method, *parts), qweight.double() * scale.double()[:, None]
     if method == "fp8":
         qweight = torch.randn(OUT, IN).mul(50).to(torch.float8_e4m3fn)
         parts = (qweight.to(device), scale.to(device))
-        return lambda x, bias: ops.fp8_linear(x, *parts, bias), qweight.double() * scale.double()[:, None]
+        return Product(method, *parts), qweight.double() * scale.double()[:, None]
     groups = -(-IN // GROUP)
     integers = torch.randint(0, 16, (OUT, groups, GROUP), dtype=torch.uint8)
     packed = torch.empty(OUT, groups, GROUP // 2, dtype=torch.uint8)
@@ -42,7 +56,7 @@ def case(method: str, device: str) -> tuple[Product, Tensor]:
     half = (torch.rand(OUT, groups) * 0.01 + 0.001).half()
     weight = ((integers.double() - zero.double()[..., None]) * half.double()[..., None]).flatten(1)[:, :IN]
     packed, half, zero = packed.flatten(1).to(device), half.to(device), zero.to(device)
-    return lambda x, bias: ops.int4_linear(x, packed, half, zero, bias), weight
+    return Product(method, packed, half, zero), weight
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -65,6 +79,25 @@ def test_products(
         expected = F.linear(x.double(), weight, None if bias is None else bias.double())
         terms = F.linear(x.double().abs(), weight.abs(), None if bias is None else bias.double().abs())
         assert ((y.cpu() - expected).abs() <= terms * (1e-6 if dtype == torch.float32 else 2**-7)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_gated_products(method: str, device: str) -> None:
+    product, weight = case(method, device)
+    x = torch.randn(2, 3, IN)
+    gate, up = F.linear(x.double(), weight).chunk(2, dim=-1)
+    y = product.gated(x.to(device))
+    assert y.shape == (2, 3, OUT // 2)
+    torch.testing.assert_close(y.cpu().double(), F.silu(gate) * up, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["int8", "fp8", "int4"])
+def test_what_is_there_is_added(method: str, device: str) -> None:
+    product, _ = case(method, device)
+    x, residual = torch.randn(2, 3, IN, device=device), torch.randn(2, 3, OUT, device=device)
+    torch.testing.assert_close(product(x, None, residual), product(x, None) + residual, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["int8", "fp8", "int4"])

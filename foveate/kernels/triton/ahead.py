@@ -1,0 +1,140 @@
+"""Compiles kernels before they are needed, on all cores at once.
+
+Triton compiles a kernel when it is first launched, one after the other: some forty variants of a quantized model take
+half a minute. Here a dry run first notes what would be launched, a process of its own compiles all of that in parallel,
+and the first real launch finds it in Triton's cache on the disk. If any of this fails, kernels are compiled as usual.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+logger = logging.getLogger(__name__)
+
+Job = dict[str, str]
+"""A kernel's ``module`` and ``name``, and its ``variant``, which is Triton's own description."""
+
+_MAX_PROCESSES = 32
+
+
+@contextmanager
+def noted() -> Iterator[list[Job]]:
+    """Note the kernels that are launched and not compiled yet, instead of compiling and running them."""
+    jobs: dict[str, Job] = {}
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        variant = compile["specialization_data"]
+        jobs[fn.name + variant] = {"module": fn.module, "name": fn.name, "variant": variant}
+        return True
+
+    found: list[Job] = []
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = note
+        yield found
+    found += jobs.values()
+
+
+class Compiler:
+    """A process that compiles. Starting it takes as long as importing PyTorch, so it had better start early."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def compile(self, run: Callable[[], object]) -> int:
+        """Compile what ``run`` launches, which is called once, without its kernels having any effect.
+
+        Returns:
+            the number of variants that were compiled
+        """
+        try:
+            with noted() as jobs:
+                run()
+            target = triton.runtime.driver.active.get_current_target()
+            order = {"target": [target.backend, target.arch, target.warp_size], "jobs": jobs}
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
+        except Exception as error:  # noqa: BLE001 - nothing depends on it; what is really wrong will be seen again
+            logger.warning("kernels are compiled when they are needed: %s", error)
+            return 0
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+        self._process.wait()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """As much of a device's driver as compiling needs."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+def _compile_all(jobs: list[Job]) -> int:
+    """Compile in as many processes as there are cores; return how many jobs succeeded."""
+    count = min(len(jobs), len(os.sched_getaffinity(0)), _MAX_PROCESSES)
+    reader, writer = os.pipe()
+    children = []
+    for first in range(count):
+        # This process has no other threads, and no device.
+        child = os.fork()
+        if child == 0:
+            for job in jobs[first::count]:
+                os.write(writer, b"." if _compile(job) else b"!")
+            os._exit(0)
+        children.append(child)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as marks:
+        succeeded = marks.read().count(b".")
+    for child in children:
+        os.waitpid(child, 0)
+    return succeeded
+
+
+def _compile(job: Job) -> bool:
+    try:
+        kernel = getattr(import_module(job["module"]), job["name"])
+        kernel.preload(job["variant"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, the real launch will say it
+        print(f"{job['name']}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def main() -> None:
+    """Read orders, a line of JSON each, and answer each with a number."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        triton.runtime.driver.set_active(_Target(GPUTarget(*order["target"])))
+        for job in order["jobs"]:
+            import_module(job["module"])
+        print(_compile_all(order["jobs"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Find the fastest variant of every product on the present device, by measuring."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise, product
+
+import torch
+from torch import Tensor
+
+from foveate.kernels import reference
+from foveate.kernels.triton import linear, tuning
+from foveate.kernels.triton.tuning import DECODE_ROWS, Config
+
+GROUP_SIZE = 128
+"""Of weights of 4-bit integers, as they are measured."""
+
+_ROTATED_BYTES = 3 * 2**26
+"""Of weights that are read in turn: a few times as much as any L2 cache keeps."""
+
+_REPEATS = 8
+_ERROR, _ROUNDED_ERROR = 6e-3, 0.06
+"""Of a right result, relative to float32; the second where activations are rounded to 8 bits, too."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of activations with a quantized weight.
+
+    Attributes:
+        kernel: its name in the tables.
+        out_features: rows of the weight, gate and up both counted.
+        in_features: columns of the weight.
+    """
+
+    kernel: str
+    out_features: int
+    in_features: int
+
+    @property
+    def fused(self) -> bool:
+        """Say whether silu(gate) * up is part of it."""
+        return self.kernel.endswith("_silu")
+
+    @property
+    def method(self) -> str:
+        """Return how the weight is quantized."""
+        return self.kernel.removesuffix("_silu")
+
+    @property
+    def columns(self) -> int:
+        """Return the columns of the result."""
+        return self.out_features // 2 if self.fused else self.out_features
+
+    @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weight and its scales."""
+        if self.method == "int4":
+            return self.out_features * (self.in_features // 2 + 3 * -(-self.in_features // GROUP_SIZE))
+        return self.out_features * (self.in_features + 4)
+
+    def weight(self) -> tuple[Tensor, ...]:
+        """Make a random weight, on the current CUDA device: what :func:`multiply` takes.
+
+        With inputs of standard deviation 1, so is the result's.
+        """
+        out, columns = self.out_features, self.in_features
+        if self.method == "int4":
+            groups = -(-columns // GROUP_SIZE)
+            packed = torch.randint(256, (out, groups * GROUP_SIZE // 2), dtype=torch.uint8, device="cuda")
+            scale = torch.full((out, groups), 1 / (4.6 * columns**0.5), dtype=torch.float16, device="cuda")
+            return packed, scale, torch.full((out, groups), 8, dtype=torch.uint8, device="cuda")
+        values = torch.randint(-127, 128, (out, columns), dtype=torch.int8, device="cuda")
+        scale = torch.full((out,), 1 / (73.6 * columns**0.5), device="cuda")
+        return (values if self.method == "int8" else values.to(torch.float8_e4m3fn)), scale
+
+    def multiply(
+        self,
+        x: Tensor,
+        weight: tuple[Tensor, ...],
+        residual: Tensor | None = None,
+        config: Config | None = None,
+        upcoming: Tensor | None = None,
+    ) -> Tensor:
+        """Multiply [rows, in] by a weight, with a given variant or the one that the tables choose."""
+        qweight, scale, *zero = weight
+        if config is None:
+            config = tuning.choose(self.kernel, self.out_features, self.in_features, x.shape[0], x.get_device())
+        zeros = zero[0] if zero else None
+        return linear.run(config, x, qweight, scale, None, residual, fused=self.fused, zero=zeros, upcoming=upcoming)
+
+    def exactly(self, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
+        """Multiply [rows, in] by a weight in float32, without these kernels."""
+        qweight, scale, *zero = weight
+        if self.method == "int4":
+            y = reference.int4_linear(x.float(), qweight, scale, zero[0], None)
+        else:
+            y = reference.int8_linear(x.float(), qweight, scale, None)
+        return reference.silu_mul(y) if self.fused else y
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {tuning.shape_key(self.out_features, self.in_features)}"
+
+
+def candidates(kernel: str, in_features: int, rows: int) -> list[Config]:
+    """Return the variants to measure for a number of rows."""
+    if kernel.startswith("int4"):
+        return list(_int4_candidates(rows))
+    if rows > DECODE_ROWS:
+        return list(_prefill_candidates(kernel))
+    found = list(_tile_candidates(max(rows, 8)))
+    if rows > 1:
+        return found
+    # Gate and up are two rows.
+    gemvs = [config for config in _gemv_candidates(in_features) if config.block_n > kernel.endswith("_silu")]
+    return [*gemvs, *found]
+
+
+def _gemv_candidates(in_features: int) -> Iterator[Config]:
+    for block_n, warps, block_k, direct in (
+        (2, 4, 4096, False), (4, 4, 4096, False), (4, 8, 4096, False), (8, 8, 4096, False), (2, 4, 2048, False),
+        (4, 4, 2048, False), (8, 8, 2048, False), (2, 4, 4096, True), (4, 4, 4096, True), (4, 8, 4096, True),
+        (2, 4, 2048, True), (4, 4, 2048, True), (8, 8, 2048, True),
+    ):  # fmt: skip
+        yield Config("gemv", 1, block_n, block_k, 1, stages=1, warps=warps, direct=direct)
+    for block_n, warps, block_k, unroll in (
+        (4, 4, 512, 2), (4, 4, 512, 4), (4, 4, 512, 8), (8, 4, 512, 2), (8, 4, 512, 4), (4, 4, 1024, 2),
+        (4, 4, 1024, 4), (8, 8, 512, 4), (8, 8, 1024, 2), (8, 4, 1024, 2), (2, 2, 512, 4), (2, 2, 1024, 4),
+        (1, 4, 2048, 4),
+    ):  # fmt: skip
+        yield Config("gemv", 1, block_n, block_k, unroll, stages=1, warps=warps, direct=True)
+    for block_n, warps, block_k, stages in (
+        (4, 4, 512, 1), (4, 4, 1024, 1), (16, 4, 512, 1), (8, 4, 512, 4), (16, 8, 512, 4), (4, 4, 2048, 3),
+    ):  # fmt: skip
+        yield Config("gemv", 1, block_n, block_k, 1, stages=stages, warps=warps)
+
+
+_SHARED_BYTES = 227 * 1024
+"""Of a multiprocessor of an H100; smaller ones leave out what does not fit."""
+
+
+def _tile_candidates(block_m: int) -> Iterator[Config]:
+    shapes = ((128, 4, 4, 1), (256, 4, 4, 1), (64, 4, 4, 1), (128, 8, 8, 1), (256, 2, 2, 1), (128, 4, 4, 2))
+    for block_n, (block_k, groups, warps, split), stages in product((16, 32, 64), shapes, (2, 3, 4)):
+        stage = block_k * groups * (block_n + 2 * block_m)
+        # What a multiprocessor has on its way; with less, the memory would wait.
+        on_its_way = _SHARED_BYTES // (stage * stages) * stage * (stages - 1)
+        sums = block_m * block_n * groups // (32 * warps)
+        if on_its_way >= 2**16 and sums <= 64:
+            yield Config("tile", block_m, block_n, block_k, groups, split, stages, warps)
+    for block_n, block_k, warps, stages, split in (
+        (64, 128, 4, 4, 1), (64, 128, 4, 4, 2), (64, 128, 4, 4, 4), (64, 128, 4, 6, 7), (128, 128, 8, 4, 1),
+        (128, 128, 8, 4, 2), (64, 256, 4, 3, 1), (64, 256, 4, 3, 2), (32, 128, 2, 6, 4), (64, 128, 4, 3, 3),
+    ):  # fmt: skip
+        yield Config("tile", block_m, block_n, block_k, 1, split, stages, warps)
+
+
+def _prefill_candidates(kernel: str) -> Iterator[Config]:
+    for block_m, block_n, block_k, warps, stages, split in (
+        (128, 64, 64, 4, 4, 1), (128, 128, 64, 8, 3, 1), (128, 128, 64, 4, 4, 1), (128, 128, 128, 8, 3, 1),
+        (256, 128, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1), (256, 64, 64, 4, 4, 1), (128, 128, 64, 8, 4, 2),
+        (128, 128, 64, 8, 4, 4), (256, 128, 64, 8, 4, 2), (256, 128, 64, 8, 4, 4), (256, 64, 64, 4, 4, 2),
+        (128, 64, 64, 4, 4, 2), (128, 64, 64, 4, 4, 4), (256, 128, 32, 8, 5, 1), (256, 128, 128, 8, 2, 1),
+    ):  # fmt: skip
+        yield Config("tile", block_m, block_n, block_k, 1, split, stages, warps)
+    for rows in (2048, 4096, 8192, 16384):
+        yield Config("slab", block_n=rows)
+    if kernel.startswith("fp8"):
+        yield Config("scaled")
+
+
+def _int4_candidates(rows: int) -> Iterator[Config]:
+    if rows > DECODE_ROWS:
+        for slab in (2048, 4096, 8192, 16384):
+            yield Config("slab", block_n=slab)
+        return
+    block_m = max(rows, 8)
+    for block_n, groups, warps, stages, split in (
+        (16, 4, 4, 4, 1), (32, 4, 4, 4, 1), (32, 4, 4, 3, 1), (16, 8, 8, 3, 1), (32, 8, 8, 3, 1), (64, 4, 4, 3, 1),
+        (32, 4, 4, 2, 1), (32, 4, 4, 3, 2), (64, 4, 8, 2, 1), (16, 4, 4, 2, 1),
+    ):  # fmt: skip
+        yield Config("tile", block_m, block_n, 0, groups, split, stages, warps)
+
+
+def refinements(config: Config) -> list[Config]:
+    """Return the variants of a good one that differ in what it loads before its turn."""
+    if config.kind in ("slab", "scaled") or config.block_m > DECODE_ROWS:
+        return []
+    return [replace(config, prefetch=size) for size in (1024, 4096) if config.kind == "tile"]
+
+
+def time_graph(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
+    """Return the seconds that one of some calls takes on the device, as the median of replays of one CUDA graph.
+
+    The calls should use different memory, so that what one leaves in a cache is no help to the next.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    torch.cuda.synchronize()
+    times = [before.elapsed_time(after) for before, after in pairwise(events)]
+    return statistics.median(times) / 1e3 / len(calls)
+
+
+class Bench:
+    """A product with weights to rotate, on the current CUDA device."""
+
+    def __init__(self, what: Product) -> None:
+        self.what = what
+        copies = max(-(-_ROTATED_BYTES // what.weight_bytes), 2)
+        self.weights = [what.weight() for _ in range(copies)]
+
+    def time(self, config: Config | None, rows: int) -> float:
+        """Return the seconds of one product, by default with the variant that the tables choose.
+
+        Raises what the kernel does where it cannot run.
+        """
+        x = torch.randn(rows, self.what.in_features, device="cuda").to(torch.bfloat16)
+        count = max(len(self.weights), 8 if rows <= DECODE_ROWS else 3)
+        chosen = [self.weights[i % len(self.weights)] for i in range(count)]
+
+        def call(weight: tuple[Tensor, ...]) -> Callable[[], object]:
+            return lambda: self.what.multiply(x, weight, config=config)
+
+        return time_graph([call(weight) for weight in chosen])
+
+    def is_right(self, config: Config | None, rows: int) -> bool:
+        """Say whether a variant gives what plain PyTorch does in float32, and the same bits every time.
+
+        Compilers make mistakes, too, and some of them only now and then.
+        """
+        x = torch.randn(rows, self.what.in_features, device="cuda").to(torch.bfloat16)
+        expected = self.what.exactly(x, self.weights[0])
+        first = self.what.multiply(x, self.weights[0], config=config)
+        error = ((first.float() - expected).norm() / expected.norm()).item()
+        same = all(torch.equal(first, self.what.multiply(x, self.weights[0], config=config)) for _ in range(_REPEATS))
+        rounds_inputs = config is not None and config.kind == "scaled"
+        # Not the other way around: NaN is never right.
+        return same and error < (_ROUNDED_ERROR if rounds_inputs else _ERROR)
+
+    def rank(self, configs: Iterable[Config], rows: int) -> list[tuple[float, Config]]:
+        """Return the variants that run and are right, the fastest first, with their seconds."""
+        times = []
+        for config in configs:
+            try:
+                if self.is_right(config, rows):
+                    times.append((self.time(config, rows), config))
+            except Exception as error:
+                # Too much shared memory, or what the compiler does not know how to do: of no use here.
+                if "CUDA error" in str(error):
+                    raise
+        return sorted(times, key=lambda entry: entry[0])
+
+
+def search(what: Product, rows: Sequence[int]) -> dict[str, list[tuple[float, Config]]]:
+    """Measure a product for some numbers of rows; what each bucket's variants took, the fastest first."""
+    bench = Bench(what)
+    found = {}
+    for size in rows:
+        ranked = bench.rank(candidates(what.kernel, what.in_features, size), size)
+        finer = [finer for _, config in ranked[:2] for finer in refinements(config)]
+        found[str(size)] = sorted([*ranked, *bench.rank(finer, size)], key=lambda entry: entry[0])
+    return found
+
+
+def compile_all(products: Sequence[Product], rows: Sequence[int], workers: int | None = None) -> None:
+    """Compile every variant in processes of their own, which leave the results in Triton's cache."""
+    workers = workers or min(os.cpu_count() or 1, 12)
+    jobs = {
+        # What a kernel is compiled for, apart from its block sizes: columns, type and fusion, but no number of rows.
+        (what.kernel, what.in_features, config): (what, config, size)
+        for what, size in product(products, rows)
+        for config in candidates(what.kernel, what.in_features, size)
+        if config.kind not in ("slab", "scaled")
+    }
+    listed = list(jobs.values())
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, [list(islice(listed, i, None, workers)) for i in range(workers)]))
+
+
+def _compile(jobs: list[tuple[Product, Config, int]]) -> None:
+    for what, config, rows in jobs:
+        x = torch.zeros(rows, what.in_features, dtype=torch.bfloat16, device="cuda")
+        try:
+            what.multiply(x, what.weight(), config=config)
+        except Exception as error:
+            if "CUDA error" in str(error):
+                raise
+
+
+def tune(
+    products: Sequence[Product], rows: Sequence[int] = tuning.BUCKETS, report: Callable[[str], None] = print
+) -> tuning.Table:
+    """Measure products on the current CUDA device.
+
+    Args:
+        products: to be tuned.
+        rows: buckets.
+        report: gets a line for each product and bucket.
+
+    Returns:
+        the fastest variants
+    """
+    compile_all(products, rows)
+    table: dict[str, dict[str, dict[str, Config]]] = {}
+    for what in products:
+        shape = tuning.shape_key(what.out_features, what.in_features)
+        for size, ranked in search(what, rows).items():
+            seconds, config = ranked[0]
+            table.setdefault(what.kernel, {}).setdefault(shape, {})[size] = config
+            report(f"{what}, {size} rows: {seconds * 1e6:.1f} us, {config.changes()}")
+    return table
