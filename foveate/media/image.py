@@ -14,6 +14,11 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin 
 
 from foveate.errors import PictureError
 
+_KEPT_BLOCKS = 8  # of 16 MiB
+
+# Pillow gives memory back to the system after every picture, and then most of a decode is the system clearing it anew.
+Image.core.set_blocks_max(_KEPT_BLOCKS)  # type: ignore[attr-defined]
+
 # Each format is a decoder that strangers can reach, so only these are.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -87,7 +92,8 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
         picture.load()
         # Pillow warns that the transparency of a palette gets lost, which is what is wanted here.
         picture.info.pop("transparency", None)
-        rgb = picture.convert("RGB")
+        # Converting what is RGB already would copy it.
+        rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # a decoder of hostile data may raise anything
         raise PictureError(f"the {info.format} picture is truncated or corrupt ({_reason(error)})") from error
     if rgb.size != (info.width, info.height):

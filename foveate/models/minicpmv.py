@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.models.config import LanguageConfig, ModelConfig, VisionConfig
+from foveate.models.packing import Packing
 from foveate.models.qwen2 import Qwen2
 from foveate.models.resampler import Resampler
 from foveate.models.siglip import SiglipEncoder
@@ -21,6 +22,12 @@ class VisionTower(nn.Module):
         super().__init__()
         self.encoder = SiglipEncoder(config.vision)
         self.resampler = Resampler(config.query_num, config.language.hidden_size, config.vision.hidden_size)
+
+    def forward(self, pixels: Tensor, packing: Packing) -> Tensor:
+        """Turn packed slices, [patches, 3 * patch_size**2] and normalized, into [slices, query_num, hidden_size]."""
+        features = self.encoder(pixels, packing.tgt_sizes, packing)
+        embeddings: Tensor = self.resampler(features, packing.tgt_sizes, packing)
+        return embeddings
 
 
 class MiniCPMV(nn.Module):

@@ -1,7 +1,8 @@
 """The Qwen2 decoder, with projections that share an input fused into one matrix.
 
 It knows nothing of batches, caches or devices: tokens come packed as rows, and whoever calls it says how they attend
-to each other, through :class:`Attend`.
+to each other. The residual stream and what a block adds to it go separately from block to block, so that adding and
+normalizing are one operation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from foveate.kernels import ops
 from foveate.models.config import LanguageConfig
+from foveate.quantization.fp8 import Fp8Linear
+from foveate.quantization.int8 import Int8Linear
 
 
 class Attend(Protocol):
@@ -20,6 +23,14 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [tokens, heads, head_dim], the shape of ``query``; ``key`` and ``value`` have kv_heads instead."""
+        ...
+
+
+class AttendFused(Protocol):
+    """The same for queries, keys and values as the product has them, whose positions the callee knows."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Return [tokens, heads, head_dim] for ``qkv`` [tokens, (heads + 2 * kv_heads) * head_dim], not rotated yet."""
         ...
 
 
@@ -35,41 +46,49 @@ class RMSNorm(nn.Module):
         """[..., size] → [..., size]"""
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the sum normalized, and the sum; all [..., size]."""
+        if delta is None:
+            return self(x), x
+        return ops.add_rms_norm(delta, x, self.weight, self.eps)
+
 
 class DecoderLayer(nn.Module):
     """Pre-norm grouped-query attention and a gated MLP."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        hidden, head_dim = config.hidden_size, config.head_dim
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_dim,
-        )
+        hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.qkv_proj = nn.Linear(hidden, (self.heads + 2 * self.kv_heads) * head_dim)
+        self.qkv_proj = nn.Linear(hidden, (heads + 2 * config.num_key_value_heads) * head_dim)
         self.o_proj = nn.Linear(hidden, hidden, bias=False)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.gate_up_proj = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]"""
-        query, key, value = self.before_attention(x, cos, sin)
-        return self.after_attention(x, attend(layer, query, key, value))
+    def forward(self, x: Tensor, delta: Tensor | None, layer: int, attend: AttendFused) -> tuple[Tensor, Tensor]:
+        """Add what the layer before left, and return the stream and what this one adds; all [tokens, hidden]."""
+        x, qkv = self.before_attention(x, delta)
+        return self.after_attention(x, attend(layer, qkv))
 
-    def before_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[tokens, hidden] → query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim]"""
-        qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
-        query_key, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        query, key = ops.rotary(query_key, cos, sin).split((self.heads, self.kv_heads), dim=1)
-        return query, key, value
+    def before_attention(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] twice → [tokens, hidden] and [tokens, (heads + 2 * kv_heads) * head_dim]"""
+        normed, x = self.input_layernorm.add(x, delta)
+        return x, self.qkv_proj(normed)
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """[tokens, hidden] and [tokens, heads, head_dim] → [tokens, hidden]"""
-        x = x + self.o_proj(attended.flatten(1))
-        return x + self.down_proj(ops.silu_mul(self.gate_up_proj(self.post_attention_layernorm(x))))
+    def after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] and [tokens, heads, head_dim] → [tokens, hidden] twice"""
+        normed, x = self.post_attention_layernorm.add(x, self.o_proj(attended.flatten(1)))
+        return x, self.down_proj(_gated(self.gate_up_proj, normed))
+
+
+def _gated(gate_up_proj: nn.Module, x: Tensor) -> Tensor:
+    """[tokens, hidden] → [tokens, intermediate], in one operation where there is one."""
+    if isinstance(gate_up_proj, Int8Linear):
+        return ops.gate_up_silu_int8(x, gate_up_proj.qweight, gate_up_proj.scale, gate_up_proj.bias)
+    if isinstance(gate_up_proj, Fp8Linear):
+        return ops.gate_up_silu_fp8(x, gate_up_proj.qweight, gate_up_proj.scale, gate_up_proj.bias)
+    return ops.silu_mul(gate_up_proj(x))
 
 
 class Qwen2(nn.Module):
@@ -102,11 +121,29 @@ class Qwen2(nn.Module):
         Returns:
             normalized hidden states [tokens, hidden]
         """
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         cos, sin = ops.rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+
+        def attend_fused(layer: int, qkv: Tensor) -> Tensor:
+            query_key, value = qkv.unflatten(-1, (-1, self.config.head_dim)).split((heads + kv_heads, kv_heads), dim=1)
+            query, key = ops.rotary(query_key, cos, sin).split((heads, kv_heads), dim=1)
+            return attend(layer, query, key, value)
+
+        return self.run(x, attend_fused)
+
+    def run(self, x: Tensor, attend: AttendFused) -> Tensor:
+        """Run the layers, rotation left to whoever attends; otherwise as :meth:`forward`."""
+        delta: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attend)
-        normalized: Tensor = self.norm(x)
-        return normalized
+            x, delta = layer(x, delta, index, attend)
+        normed, _ = self.norm.add(x, delta)
+        return normed
+
+    def rotary_table(self, length: int) -> Tensor:
+        """Return cosines and sines of the positions below ``length``: float32 [length, head_dim], cosines first."""
+        positions = torch.arange(length, device=self.embed_tokens.weight.device)
+        parts = ops.rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        return torch.cat(parts, dim=-1).squeeze(1)
 
     def logits(self, x: Tensor) -> Tensor:
         """[tokens, hidden] → [tokens, vocab] in float32"""

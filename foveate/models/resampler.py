@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.kernels import ops
+from foveate.kernels import vision_ops
+from foveate.kernels.vision_ops import Sequences
+from foveate.models.packing import Packing, patch_places
 
 _EPS = 1e-6
 _HEAD_DIM = 128
 
 
-@lru_cache(maxsize=8)
+@cache
 def axis_table(length: int, half_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the embedding of places along one axis, each as [sin | cos]: [length, half_size]."""
+    # Never forgotten, since CUDA graphs read it; of lengths that are powers of two there are but a few.
     frequencies = 1.0 / 10000 ** (torch.arange(half_size // 2, dtype=torch.float32) / (half_size // 2))
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1).to(device, dtype)
-
-
-@lru_cache(maxsize=1024)
-def patch_places(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return every patch's column and row, row by row: int64 [2, rows * columns]."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack((column.flatten(), row.flatten())).to(device)
 
 
 def sincos_positions(
@@ -38,11 +34,17 @@ def sincos_positions(
     The first half encodes the column, the second the row. It is absolute: a patch's embedding does not depend on
     how large its slice is. It has no upper end either: the tables grow with the largest slice.
     """
+    places = torch.cat([patch_places(rows, columns) for rows, columns in tgt_sizes], dim=1).to(device)
+    return positions_table(tgt_sizes, size, device, dtype)[places].transpose(0, 1).flatten(1)
+
+
+def positions_table(
+    tgt_sizes: Sequence[tuple[int, int]], size: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return the embedding of places along one axis that is long enough for some slices: [longest, size / 2]."""
     longest = max(max(pair) for pair in tgt_sizes)
     # Rounded up, so that a few tables serve all sizes.
-    table = axis_table(max(128, 1 << (longest - 1).bit_length()), size // 2, device, dtype)
-    places = torch.cat([patch_places(rows, columns, device) for rows, columns in tgt_sizes], dim=1)
-    return table[places].transpose(0, 1).flatten(1)
+    return axis_table(max(128, 1 << (longest - 1).bit_length()), size // 2, device, dtype)
 
 
 class Resampler(nn.Module):
@@ -66,28 +68,34 @@ class Resampler(nn.Module):
         self.ln_post = nn.LayerNorm(hidden_size, eps=_EPS)
         self.proj = nn.Parameter(torch.empty(hidden_size, hidden_size))
 
-    def forward(self, features: Tensor, tgt_sizes: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, features: Tensor, tgt_sizes: Sequence[tuple[int, int]], packing: Packing | None = None) -> Tensor:
         """Sum up packed slices.
 
         Args:
             features: [patches, vision_size], one slice after another.
             tgt_sizes: (rows, columns) of each slice, in patches.
+            packing: the same of them, if it is there already.
 
         Returns:
             [slices, query_num, hidden_size]
         """
-        values = self.ln_kv(self.kv_proj(features))
-        keys = values + sincos_positions(tgt_sizes, values.shape[-1], values.device, values.dtype)
+        # What it says of the encoder's positions is not needed here.
+        packing = packing or Packing.of(tgt_sizes, 1, features.device)
+        values = self.kv_proj(features)
+        table = positions_table(tgt_sizes, values.shape[-1], values.device, values.dtype)
+        norm = self.ln_kv
+        values, keys = vision_ops.layer_norm_positions(values, norm.weight, norm.bias, norm.eps, table, packing.places)
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
         bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
+        slices = len(packing.tgt_sizes)
         # The queries are the same for every slice: project them once, then repeat.
-        query = F.linear(self.ln_q(self.query), weight_q, bias_q).repeat(len(tgt_sizes), 1)
-        attended = ops.varlen_attention(
+        query = F.linear(self.ln_q(self.query), weight_q, bias_q).repeat(slices, 1)
+        attended = vision_ops.varlen_attention(
             query.unflatten(-1, (-1, _HEAD_DIM)),
             F.linear(keys, weight_k, bias_k).unflatten(-1, (-1, _HEAD_DIM)),
             F.linear(values, weight_v, bias_v).unflatten(-1, (-1, _HEAD_DIM)),
-            [len(self.query)] * len(tgt_sizes),
-            [rows * columns for rows, columns in tgt_sizes],
+            Sequences.even(slices, len(self.query), features.device),
+            packing.slices,
         )
         summed: Tensor = self.ln_post(self.out_proj(attended.flatten(1))) @ self.proj
-        return summed.unflatten(0, (len(tgt_sizes), -1))
+        return summed.unflatten(0, (slices, -1))

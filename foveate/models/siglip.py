@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.kernels import ops
+from foveate.kernels import vision_ops
 from foveate.models.config import VisionConfig
+from foveate.models.packing import Packing
 
 _EPS = 1e-6  # SigLIP's layer_norm_eps, which the published configuration leaves at its default.
-
-
-@lru_cache(maxsize=1024)
-def position_buckets(count: int, side: int) -> Tensor:
-    """Return the bucket, 0 to ``side`` - 1, of each of ``count`` equal steps from 0 to 1: int64 [count].
-
-    Mathematically that is ``i * side // count``. The published encoder compares float32 fractions from
-    ``torch.arange(0, 1 - 1e-6, 1 / count)`` with float32 boundaries, so where both are equal the rounding decides.
-    How ``arange`` rounds depends on the processor; here it is spelled out as the reference ran it (eight lanes, each
-    a fused multiply-add on the first one), so that every machine gives the reference's answer.
-    """
-    step = torch.tensor(1 / count, dtype=torch.float32)
-    index = torch.arange(count)
-    first_lane = (index // 8 * 8).float() * step
-    # Both factors have few bits, so the float64 product is exact and only the final rounding counts.
-    fractions = (first_lane.double() + (index % 8).double() * step.double()).float()
-    boundaries = (torch.arange(1, side, dtype=torch.float64) / side).float()
-    return torch.bucketize(fractions, boundaries, right=True)
-
-
-@lru_cache(maxsize=1024)
-def position_ids(rows: int, columns: int, side: int, device: torch.device) -> Tensor:
-    """Return each patch's row in the position table, row by row: int64 [rows * columns]."""
-    # Cached where it is used: a batch's ids are put together there, without a copy that would wait for the device.
-    return (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten().to(device)
 
 
 class EncoderLayer(nn.Module):
@@ -54,19 +29,27 @@ class EncoderLayer(nn.Module):
         self.fc1 = nn.Linear(hidden, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, hidden)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """[patches, hidden] → [patches, hidden], each slice of ``lengths`` patches on its own."""
-        query, key, value = self.before_attention(x)
-        return self.after_attention(x, ops.varlen_attention(query, key, value, lengths, lengths))
+    def forward(self, x: Tensor, delta: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor]:
+        """[patches, hidden] and what is to be added to it → the same; each slice on its own."""
+        x, query, key, value = self.before_attention(x, delta)
+        attended = vision_ops.varlen_attention(query, key, value, packing.slices, packing.slices)
+        return self.after_attention(x, attended)
 
-    def before_attention(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[patches, hidden] → query, key, value [patches, heads, head_dim]"""
-        return self.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+    def before_attention(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[patches, hidden] twice → their sum, and query, key, value [patches, heads, head_dim]"""
+        normed, x = _add_norm(x, delta, self.layer_norm1)
+        query, key, value = self.qkv_proj(normed).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        return x, query, key, value
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """[patches, hidden] and [patches, heads, head_dim] → [patches, hidden]"""
-        x = x + self.out_proj(attended.flatten(1))
-        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+    def after_attention(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """[patches, hidden] and [patches, heads, head_dim] → [patches, hidden] twice, to be added up"""
+        normed, x = _add_norm(x, self.out_proj(attended.flatten(1)), self.layer_norm2)
+        fc1: nn.Module = self.fc1
+        if isinstance(fc1, nn.Linear):
+            inner = vision_ops.linear_gelu(normed, fc1.weight, fc1.bias)
+        else:  # quantized
+            inner = F.gelu(fc1(normed), approximate="tanh")
+        return x, self.fc2(inner)
 
 
 class SiglipEncoder(nn.Module):
@@ -82,22 +65,31 @@ class SiglipEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=_EPS)
 
-    def forward(self, pixels: Tensor, tgt_sizes: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, pixels: Tensor, tgt_sizes: Sequence[tuple[int, int]], packing: Packing | None = None) -> Tensor:
         """Encode packed slices.
 
         Args:
             pixels: [patches, 3 * patch_size**2], channel first within a patch, normalized; the slices' patches one
                 slice after another, row by row.
             tgt_sizes: (rows, columns) of each slice, in patches.
+            packing: the same of them, if it is there already.
 
         Returns:
             features [patches, hidden]
         """
-        side = self.config.patches_per_side
-        ids = torch.cat([position_ids(rows, columns, side, pixels.device) for rows, columns in tgt_sizes])
-        x = self.patch_embedding(pixels) + self.position_embedding(ids)
-        lengths = [rows * columns for rows, columns in tgt_sizes]
+        packing = packing or self.packing(tgt_sizes)
+        x: Tensor = self.patch_embedding(pixels)
+        delta: Tensor | None = self.position_embedding(packing.positions)
         for layer in self.layers:
-            x = layer(x, lengths)
-        normalized: Tensor = self.post_layernorm(x)
-        return normalized
+            x, delta = layer(x, delta, packing)
+        return _add_norm(x, delta, self.post_layernorm)[0]
+
+    def packing(self, tgt_sizes: Sequence[tuple[int, int]]) -> Packing:
+        """Describe packed slices for this encoder, on its device."""
+        return Packing.of(tgt_sizes, self.config.patches_per_side, self.patch_embedding.weight.device)
+
+
+def _add_norm(x: Tensor, delta: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    if delta is None:
+        return vision_ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x
+    return vision_ops.add_layer_norm(x, delta, norm.weight, norm.bias, norm.eps)

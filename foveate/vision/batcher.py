@@ -48,11 +48,14 @@ class Batcher(Generic[J]):
     Args:
         batch_size: most slices in a step.
         max_patches: most patches in a step; no slice may have more.
+        usual_patches: most patches in a step of several slices, so that it does not take too long; as ``max_patches``
+            if None.
     """
 
-    def __init__(self, batch_size: int, max_patches: int) -> None:
+    def __init__(self, batch_size: int, max_patches: int, *, usual_patches: int | None = None) -> None:
         self.batch_size = batch_size
         self.max_patches = max_patches
+        self.usual_patches = max_patches if usual_patches is None else min(usual_patches, max_patches)
         # The first request is the one whose turn it is. No job of these is done or all taken, and none is empty.
         self._waiting: OrderedDict[Hashable, deque[J]] = OrderedDict()
         self._taken_in_turn = 0
@@ -80,7 +83,7 @@ class Batcher(Generic[J]):
             request, jobs = next(iter(self._waiting.items()))
             job = jobs[0]
             patches += job.patches[job.taken]
-            if patches > self.max_patches:
+            if step and patches > self.usual_patches:
                 break
             step.append((job, job.taken))
             job.taken += 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.kernels import vision_ops
 from foveate.models.minicpmv import VisionTower
+from foveate.models.packing import Packing
 from foveate.vision.preprocess import Patches, Pixels
+from foveate.vision.resize import DeviceResizer
+
+logger = logging.getLogger(__name__)
+
+STEP_SECONDS = 0.015
+"""On a GPU, about the longest step: an engine that shares the GPU gets its turn in between."""
+
+_PACKINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +38,9 @@ class Slice:
 
     patches: Patches
     tgt_size: tuple[int, int]
+
+
+Sizes = tuple[tuple[int, int], ...]
 
 
 class VisionEncoder:
@@ -42,22 +58,45 @@ class VisionEncoder:
     def __init__(self, tower: VisionTower, *, mean: Sequence[float], std: Sequence[float], batch_size: int) -> None:
         self.tower = tower
         self.batch_size = batch_size
+        self.step_patches: int | None = None
+        """Patches of a step that takes :data:`STEP_SECONDS`, once that was measured."""
+        self.resizer: DeviceResizer | None = None
+        """What resizes pictures on the device, once the memory was measured."""
         weight = tower.encoder.patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.query_num, self.hidden_size = tower.resampler.query.shape
+        self._columns = weight.shape[1]
         self._mean = torch.tensor(mean, device=self.device)[:, None]
         self._std = torch.tensor(std, device=self.device)[:, None]
+        every = torch.arange(256, dtype=torch.uint8, device=self.device).repeat(1, 3)
+        self._values = self._normalized(every).unflatten(1, (3, -1))[0]
         self._stream = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._packings: OrderedDict[Sizes, Packing] = OrderedDict()
 
     @property
     def slice_bytes(self) -> int:
         """Bytes of one slice's embeddings."""
         return self.query_num * self.hidden_size * self.dtype.itemsize
 
+    def room(self, shape: tuple[int, int], dtype: type[np.uint8] = np.uint8) -> Patches:
+        """Make memory for patches on the host, from which the device takes them fastest."""
+        if self.device.type != "cuda":
+            return np.empty(shape, dtype)
+        pinned: Patches = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
+
+    @contextmanager
+    def own_copies(self) -> Iterator[None]:
+        """Let what this thread copies wait for no other copy, and no other for it. Of finished rows only."""
+        with torch.cuda.stream(self._copies):
+            yield
+
     def normalize(self, patches: Tensor) -> Tensor:
         """uint8 [patches, 3 * patch_size**2] → the encoder's input of that shape, rounded as the reference rounds."""
-        channels = patches.to(self.device, non_blocking=True).float().unflatten(1, (3, -1))
-        return ((channels / 255 - self._mean) / self._std).flatten(1).to(self.dtype)
+        patches = patches.to(self.device, non_blocking=True)
+        # There are 256 values a channel: a kernel can look them up. Without one, computing them is faster.
+        return vision_ops.normalize_pixels(patches, self._values) if patches.is_cuda else self._normalized(patches)
 
     def empty(self, num_slices: int) -> Tensor:
         """Make room for the embeddings of a picture: [num_slices, query_num, hidden_size] on the device."""
@@ -75,11 +114,10 @@ class VisionEncoder:
             slices: at least one, in any order.
             into: where each one's embeddings [query_num, hidden_size] are written.
         """
-        sizes = [piece.tgt_size for piece in slices]
         with self._own_stream():
-            features = self.tower.encoder(self.normalize(self._packed(slices)), sizes)
-            for target, embeddings in zip(into, self.tower.resampler(features, sizes), strict=True):
-                target.copy_(embeddings)
+            packing = self._packing(tuple(piece.tgt_size for piece in slices))
+            embeddings = self.tower(self.normalize(self._packed(slices)), packing)
+            torch._foreach_copy_(list(into), list(embeddings.unbind()))
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -100,7 +138,8 @@ class VisionEncoder:
     def measure(self, num_slices: int, tgt_size: tuple[int, int]) -> int:
         """Run a step of slices of one size and return its peak of memory on the device, in bytes; 0 on a CPU.
 
-        The memory stays with this process, so a step that is not larger finds it again.
+        The memory stays with this process, so a step that is not larger finds it again. How long it takes says how
+        much the steps to come should do.
 
         Raises:
             torch.OutOfMemoryError: there is not enough.
@@ -109,18 +148,45 @@ class VisionEncoder:
             return 0
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        columns = self.tower.encoder.patch_embedding.weight.shape[1]
-        patches = np.zeros((tgt_size[0] * tgt_size[1], columns), dtype=np.uint8)
-        self.encode_slices([Slice(patches, tgt_size)] * num_slices, list(self.empty(num_slices)))
+        self.resizer = self.resizer or DeviceResizer.make(self.device)
+        patches = np.zeros((tgt_size[0] * tgt_size[1], self._columns), dtype=np.uint8)
+        slices, into = [Slice(patches, tgt_size)] * num_slices, list(self.empty(num_slices))
+        # The first time also compiles kernels.
+        self.encode_slices(slices, into)
+        began = time.monotonic()
+        self.encode_slices(slices, into)
+        seconds = time.monotonic() - began
+        fit = max(1, min(num_slices, int(num_slices * STEP_SECONDS / seconds)))
+        self.step_patches = fit * len(patches)
+        logger.info("a slice takes %.2f ms; steps of up to %d slices", 1000 * seconds / num_slices, fit)
         return torch.cuda.max_memory_allocated(self.device) - before
 
+    def _normalized(self, patches: Tensor) -> Tensor:
+        channels = patches.float().unflatten(1, (3, -1))
+        return ((channels / 255 - self._mean) / self._std).flatten(1).to(self.dtype)
+
+    def _packing(self, sizes: Sizes) -> Packing:
+        packing = self._packings.pop(sizes, None) or self.tower.encoder.packing(sizes)
+        self._packings[sizes] = packing
+        if len(self._packings) > _PACKINGS:
+            self._packings.popitem(last=False)
+        return packing
+
     def _packed(self, slices: Sequence[Slice]) -> Tensor:
-        patches = [torch.from_numpy(piece.patches) for piece in slices]
-        if self.device.type != "cuda":
-            return patches[0] if len(patches) == 1 else torch.cat(patches)
-        # From pinned memory the copy runs beside what this thread does next.
-        shape = (sum(len(part) for part in patches), patches[0].shape[1])
-        return torch.cat(patches, out=torch.empty(shape, dtype=torch.uint8, pin_memory=True))
+        if self._stream is None and len(slices) == 1:
+            return torch.from_numpy(slices[0].patches)
+        rows = sum(len(piece.patches) for piece in slices)
+        packed = torch.empty((rows, self._columns), dtype=torch.uint8, device=self.device)
+        self._copy(slices, packed)
+        return packed
+
+    def _copy(self, slices: Sequence[Slice], room: Tensor) -> None:
+        start = 0
+        for piece in slices:
+            end = start + len(piece.patches)
+            # From pinned memory the device takes it while this thread goes on.
+            room[start:end].copy_(torch.from_numpy(piece.patches), non_blocking=True)
+            start = end
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.vision.batcher import Batcher
 from foveate.vision.cache import EmbeddingCache
 from foveate.vision.encoder import VisionEncoder, slices_of
-from foveate.vision.preprocess import digest, preprocess
+from foveate.vision.prepare import cut, digest
 from foveate.vision.sharing import Share, Shares, Timings, Waiter
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ class Pipeline:
         self._cores = len(os.sched_getaffinity(0))
         self._cache = EmbeddingCache(settings.vision.embedding_cache_bytes)
         self._shares = Shares(self._cache)
-        self._batcher: Batcher[Share] = Batcher(settings.vision.vision_batch_size, max_patches)
+        self._batcher: Batcher[Share] = Batcher(
+            settings.vision.vision_batch_size, max_patches, usual_patches=encoder.step_patches
+        )
         self._counts: Counter[str] = Counter()
         self._seconds = Timings()
         self._last_batch = 0
@@ -201,8 +203,7 @@ class Pipeline:
         """From a file's bytes to slices, if it is the first time that the picture is seen."""
         try:
             began = time.monotonic()
-            picture = decode(data, max_pixels=self._settings.media.max_image_pixels)
-            waiter.digest = digest(picture, plan, self._identity)
+            waiter.digest = digest(data, plan, self._identity)
             waiter.timings.decode = time.monotonic() - began
             claimed = self._shares.claim(waiter.digest, _patches(plan), waiter)
             if claimed is None:
@@ -214,14 +215,23 @@ class Pipeline:
                 self._post(self._join, waiter, found)
             else:
                 began = time.monotonic()
-                slices = slices_of(preprocess(picture, plan))
-                waiter.timings.slice = time.monotonic() - began
+                picture = decode(data, max_pixels=self._settings.media.max_image_pixels)
+                decoded = time.monotonic()
+                slices = slices_of(cut(picture, plan, self._encoder))
+                waiter.timings.decode += decoded - began
+                waiter.timings.slice = time.monotonic() - decoded
                 self._post(self._ready, found, slices)
         except FoveateError as error:
             self._post(self._fail, waiter, error)
         except Exception:
             logger.exception("a picture could not be prepared")
             self._post(self._fail, waiter, EngineError("the picture could not be prepared; see the encoder's log"))
+
+    def _keep(self, name: bytes, rows: Tensor) -> None:
+        # What hands the rows over copies them at the same time, and must not queue up behind this.
+        with self._encoder.own_copies():
+            rows = rows.cpu()
+        self._cache.put(name, rows)
 
     # In the encoder's thread.
 
@@ -312,7 +322,7 @@ class Pipeline:
         for waiter in list(share.waiters):
             self._resolve(waiter, rows)
         # Until the cache has it, the share answers those who come.
-        kept = self._loop.run_in_executor(None, self._cache.put, share.digest, rows)
+        kept = self._loop.run_in_executor(None, self._keep, share.digest, rows)
         kept.add_done_callback(lambda _: self._shares.end(share))
 
     def _resolve(self, waiter: Waiter, rows: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 from foveate.media.slicing import SlicePlan
 
 Patches = npt.NDArray[np.uint8]
+Room = Callable[[tuple[int, int], type[np.uint8]], Patches]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +45,36 @@ def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def to_patches(picture: Image.Image, patch_size: int) -> Patches:
-    """Cut an RGB picture, whose sides are multiples of ``patch_size``, into rows of one patch each."""
+def to_patches(picture: Image.Image, patch_size: int, into: Patches | None = None) -> Patches:
+    """Cut an RGB picture, whose sides are multiples of ``patch_size``, into rows of one patch each.
+
+    Args:
+        picture: what is cut.
+        patch_size: side of a patch, in pixels.
+        into: where they go, in one piece; new memory if None.
+    """
     pixels = np.asarray(picture)
     height, width, _ = pixels.shape
-    grid = pixels.reshape(height // patch_size, patch_size, width // patch_size, patch_size, 3)
-    return grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3 * patch_size**2)
+    rows, columns = height // patch_size, width // patch_size
+    if into is None:
+        into = np.empty((rows * columns, 3 * patch_size**2), dtype=np.uint8)
+    grid = pixels.reshape(rows, patch_size, columns, patch_size, 3)
+    np.copyto(into.reshape(rows, columns, 3, patch_size, patch_size), grid.transpose(0, 2, 4, 1, 3))
+    return into
 
 
-def preprocess(picture: Image.Image, plan: SlicePlan) -> Pixels:
-    """Resize, slice and cut into patches an RGB picture of the size that was planned for."""
-    patches = [to_patches(piece, plan.patch_size) for piece in cut(picture, plan)]
-    return Pixels(np.concatenate(patches), plan.tgt_sizes)
+def preprocess(picture: Image.Image, plan: SlicePlan, room: Room = np.empty) -> Pixels:
+    """Resize, slice and cut into patches an RGB picture of the size that was planned for.
 
-
-def digest(picture: Image.Image, plan: SlicePlan, encoder: str) -> bytes:
-    """Name what the encoder will see: SHA-256 over mode, size and pixels, the slicing, and the encoder's identity."""
-    hashed = hashlib.sha256(f"{picture.mode} {picture.size} {plan} {encoder}".encode())
-    hashed.update(picture.tobytes())
-    return hashed.digest()
+    Args:
+        picture: what is cut.
+        plan: how.
+        room: makes memory of a shape and type for the patches.
+    """
+    lengths = [rows * columns for rows, columns in plan.tgt_sizes]
+    patches = room((sum(lengths), 3 * plan.patch_size**2), np.uint8)
+    start = 0
+    for piece, length in zip(cut(picture, plan), lengths, strict=True):
+        to_patches(piece, plan.patch_size, patches[start : start + length])
+        start += length
+    return Pixels(patches, plan.tgt_sizes)

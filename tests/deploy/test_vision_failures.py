@@ -82,7 +82,8 @@ def test_killed_when_idle(runtime: Path, server: RunningServer, eventually: Even
 
 def is_decoding(live: Live) -> bool:
     numbers = live.vision_numbers()
-    return numbers.get("pictures_running") == len(LARGE) and numbers.get("shares") == 0
+    slices = [numbers.get(name) for name in ("slices_waiting", "slices_running", "slices_total")]
+    return numbers.get("pictures_running") == len(LARGE) and slices == [0, 0, 0]
 
 
 def is_encoding(live: Live) -> bool:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from foveate.models.config import ModelConfig
 from foveate.models.minicpmv import MiniCPMV, checkpoint_tensors
-from foveate.models.siglip import position_buckets, position_ids
+from foveate.models.packing import position_buckets, position_ids
 
 
 def test_buckets_of_every_count() -> None:
@@ -28,7 +28,7 @@ def test_float32_anomalies_are_kept() -> None:
 
 
 def test_ids_go_row_by_row() -> None:
-    assert position_ids(2, 3, 70, torch.device("cpu")).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
+    assert position_ids(2, 3, 70).tolist() == [0, 23, 46, 35 * 70, 35 * 70 + 23, 35 * 70 + 46]
 
 
 def test_real_size_matches_all_tensors() -> None:

@@ -147,3 +147,12 @@ def test_a_shared_picture_is_done_in_the_turn_of_the_first_who_wants_it() -> Non
     taken = [{job for job, _ in batcher.next_step()} for _ in range(2)]
     assert taken == [{pages[0]}, {pages[-1]}]
     assert batcher.num_slices == 14
+
+
+def test_steps_are_kept_short_but_a_large_slice_goes_alone() -> None:
+    batcher: Batcher[Job] = Batcher(16, 5000, usual_patches=2500)
+    batcher.add(Job([1000] * 5 + [4000]), "document")
+    taken = []
+    while step := batcher.next_step():
+        taken.append(sizes(step))
+    assert taken == [[1000, 1000], [1000, 1000], [1000], [4000]]

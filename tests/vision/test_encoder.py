@@ -63,3 +63,10 @@ def test_no_step_takes_more_than_was_measured() -> None:
         step = slices[start : start + 4]
         encoder.encode_slices(step, list(encoder.empty(len(step))))
     assert torch.cuda.max_memory_allocated() - before <= measured
+
+
+@pytest.mark.gpu
+def test_pixels_are_looked_up_as_they_are_computed() -> None:
+    encoder = encoder_on("cuda", torch.bfloat16, 4)
+    patches = torch.arange(256, dtype=torch.uint8).repeat(3, 147).unflatten(1, (-1, 588)).flatten(0, 1)
+    assert torch.equal(encoder.normalize(patches), encoder._normalized(patches.cuda()))
