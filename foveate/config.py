@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 DType = Literal["auto", "float32", "bfloat16"]
+Kernels = Literal["auto", "reference"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -62,6 +63,8 @@ class ModelSettings(Section):
     """Quantize the vision encoder too."""
     quantization_group_size: PositiveInt = 128
     """Columns that share a scale in int4."""
+    kernels: Kernels = "auto"
+    """reference runs plain PyTorch where auto takes faster kernels of our own."""
     threads: NotNegative = 0
     """CPU threads of the engine's process; 0 takes all cores."""
 
@@ -95,6 +98,8 @@ class EngineSettings(Section):
     """Admit only what can surely finish, or fill the memory and recompute what was preempted."""
     enable_prefix_caching: bool = True
     """Reuse keys and values of prompts that begin alike, pictures included."""
+    cuda_graphs: bool = True
+    """Replay steps that only decode as CUDA graphs, where there is a GPU."""
     max_queue_size: PositiveInt = 256
     """Sequences that may wait; more are refused with status 503."""
 

@@ -10,6 +10,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from foveate.chat.assets import ModelFacts
 from foveate.checkpoint.place import load, pick_device, pick_dtype
 from foveate.config import EngineSettings, Settings
 from foveate.engine.core import EngineCore
+from foveate.engine.graphs import graphs_bytes
 from foveate.engine.runner import ModelRunner
+from foveate.engine.sampling import SamplingInputs, SamplingState, Variant, choose
 from foveate.engine.scheduler import Scheduler
 from foveate.errors import CheckpointError, ConfigError
 from foveate.kernels import ops
@@ -36,12 +39,13 @@ _SMALL_BYTES = 64 * 2**20
 _ENCODER_SECONDS = 300.0
 
 
-def build(settings: Settings, local: LocalArena | None) -> EngineCore:
+def build(settings: Settings, local: LocalArena | None, instance: Path) -> EngineCore:
     """Load the language model and put the engine around it.
 
     Args:
         settings: the whole service's.
         local: where an encoder in this process leaves its rows, if there is one.
+        instance: the folder where an encoder of its own process says that it has its memory.
 
     Raises:
         ConfigError: a setting is impossible on this machine.
@@ -49,11 +53,23 @@ def build(settings: Settings, local: LocalArena | None) -> EngineCore:
     """
     device = pick_device(settings.model.device)
     dtype = pick_dtype(settings.model.dtype, device)
-    model = load(settings.model, device, dtype, part="language").language
+    ops.choose(settings.model.kernels)
     facts = ModelFacts.from_folder(settings.model.model or "")
+    max_seq_len = _max_seq_len(settings, facts)
+    with ops.compiler(device) as compile_ahead:
+        model = load(settings.model, device, dtype, part="language").language
+        if ops.has_kernels(device):
+            _compile(model, settings.engine, max_seq_len, compile_ahead)
+    # Not earlier: until here there is enough to do that needs little memory.
+    _await_encoder(settings, instance)
     reserved = _activation_bytes(model, settings.engine) if device.type == "cuda" else 0
-    runner = ModelRunner(model, settings.engine, _max_seq_len(settings, facts), reserved_bytes=reserved)
-    scheduler = Scheduler(settings.engine, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len)
+    runner = ModelRunner(model, settings.engine, max_seq_len, reserved_bytes=reserved)
+    capture_seconds = runner.capture()
+    if capture_seconds:
+        logger.info("CUDA graphs captured in %.1f s", capture_seconds)
+    scheduler = Scheduler(
+        settings.engine, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len, depth=runner.depth
+    )
     if device.type == "cpu":
         torch.set_num_threads(settings.model.threads or _decode_threads(model))
     return EngineCore(
@@ -79,17 +95,53 @@ def _max_seq_len(settings: Settings, facts: ModelFacts) -> int:
     return wanted
 
 
+def _compile(model: Qwen2, settings: EngineSettings, max_seq_len: int, compile_ahead: ops.CompileAhead) -> None:
+    """Have all kernels compiled that steps of any size launch, with a runner whose cache is as small as can be."""
+    started = time.monotonic()
+    small = settings.model_copy(update={"num_kv_blocks": 1, "max_seq_len": None})
+    runner = ModelRunner(model, small, max_seq_len)
+
+    def run() -> None:
+        _largest_step(model, settings)()
+        runner.run_all()
+
+    number = compile_ahead(run)
+    logger.info("%d kernels compiled in %.1f s", number, time.monotonic() - started)
+
+
 def _activation_bytes(model: Qwen2, settings: EngineSettings) -> int:
-    """Measure what the largest step needs beside the weights."""
-    weight = model.embed_tokens.weight
-    torch.cuda.reset_peak_memory_stats(weight.device)
-    before = torch.cuda.memory_allocated(weight.device)
-    x = torch.zeros(settings.max_num_tokens, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
-    positions = torch.arange(len(x), device=weight.device)
-    with torch.inference_mode():
-        model.logits(model(x, positions, lambda _layer, query, _key, _value: query)[-8:])
-    torch.cuda.synchronize(weight.device)
-    return torch.cuda.max_memory_allocated(weight.device) - before
+    """Measure what the largest step needs beside the weights, and add what CUDA graphs take."""
+    device = model.embed_tokens.weight.device
+    run = _largest_step(model, settings)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    step = torch.cuda.max_memory_allocated(device) - before
+    if not settings.cuda_graphs or not ops.has_kernels(device):
+        return step
+    return step + graphs_bytes(settings.max_batch_size, settings.max_batch_size + settings.max_num_tokens)
+
+
+def _largest_step(model: Qwen2, settings: EngineSettings) -> Callable[[], None]:
+    """Return what runs a step of as many tokens as possible, and the most that sampling can have to do."""
+    weight, config = model.embed_tokens.weight, model.config
+    rows, heads, device = settings.max_batch_size, config.num_attention_heads, weight.device
+    state = SamplingState(
+        *(torch.zeros(rows, config.vocab_size, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
+    )
+    whole, ones = torch.arange(rows, device=device), torch.ones(rows, device=device)
+    sampling = SamplingInputs(whole, whole, whole, whole.int(), *[ones] * 6)
+    # The whole vocabulary in order, for every row.
+    most = Variant(adjusts=True, draws=True, width=config.vocab_size)
+
+    @torch.inference_mode()
+    def run() -> None:
+        x = torch.zeros(settings.max_num_tokens, config.hidden_size, dtype=weight.dtype, device=device)
+        hidden = model.run(x, lambda _, qkv: qkv[:, : heads * config.head_dim].unflatten(1, (heads, -1)).contiguous())
+        choose(model.logits(hidden[:rows]), sampling, state, most)
+
+    return run
 
 
 def _start_encoder(settings: Settings, instance: Path, local: LocalArena) -> None:
@@ -120,8 +172,7 @@ def main() -> None:
         local = LocalArena(f"local-{secrets.token_hex(6)}") if settings.vision.encoder == "engine" else None
         if local is not None:
             _start_encoder(settings, instance, local)
-        _await_encoder(settings, instance)
-        core = build(settings, local)
+        core = build(settings, local, instance)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)

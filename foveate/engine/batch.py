@@ -1,138 +1,209 @@
-"""A scheduled step as tensors: which token goes where, what it sees, and which rows are sampled."""
+"""A scheduled step as arrays: which token goes where, what it sees, and which rows are sampled.
+
+Decodes come first, one row each, then the chunks of prompts. A decode's token is on the device since the step before,
+whether or not the host has heard of it; a chunk's tokens come from the host.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from foveate.engine.scheduler import ScheduledBatch, ScheduledSeq
+from foveate.engine.rows import Row, Rows
+from foveate.engine.sampling import Variant
 from foveate.engine.state import state_of
-from foveate.kernels import ops
+from foveate.engine.step import ScheduledBatch, ScheduledSeq
+from foveate.engine.upload import Array, Arrays
 
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Rows [start, end) of the batch are a chunk of one prompt, after ``num_cached`` earlier tokens of it."""
-
-    start: int
-    end: int
-    num_cached: int
-    block_table: Tensor
+Pairs = list[tuple[ScheduledSeq, Row]]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The model's input. Decodes come first, one row each, then the chunks of prompts.
+    """A step before it is on the device.
 
     Attributes:
-        token_ids, positions, slots: [tokens].
-        pictures: (rows, embeddings) that replace the embedding of the tokens in those rows.
-        num_decodes: rows of decodes.
-        block_tables: [decodes, longest].
-        mask: see :func:`foveate.kernels.reference.paged_decode_attention`.
-        prefills: the other rows.
-        sample_rows: [samples], rows whose next token is chosen.
-        samples: the scheduled items of those rows, in the same order.
+        embedding: arrays of :class:`foveate.engine.inputs.EmbeddingInputs`.
+        forward: arrays of :class:`foveate.engine.inputs.ForwardInputs`.
+        sampling: arrays of :class:`foveate.engine.sampling.SamplingInputs`.
+        samples: the items whose next token is chosen, in the order of their rows.
+        order: where the result of each of ``scheduled.sampling`` is among them.
+        pictures: (item, its first row, the number of its rows) in the order of ``picture_places``.
+        variant: what their sampling needs.
+        longest_query: tokens of the longest chunk; 0 if there is none.
+        num_blocks: blocks of the longest sequence.
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    pictures: list[tuple[Tensor, Tensor]]
-    num_decodes: int
-    block_tables: Tensor
-    mask: Tensor | None
-    prefills: list[PrefillChunk]
-    sample_rows: Tensor
+    embedding: Arrays
+    forward: Arrays
+    sampling: Arrays
     samples: list[ScheduledSeq]
+    order: list[int]
+    pictures: list[tuple[ScheduledSeq, int, int]]
+    variant: Variant
+    longest_query: int
+    num_blocks: int
 
 
-def build(scheduled: ScheduledBatch, block_size: int, device: torch.device) -> Batch:
-    """Lay out a step's tokens and copy what the model needs to ``device``."""
-    decodes = [item for item in scheduled.items if item.num_tokens == 1]
-    chunks = [item for item in scheduled.items if item.num_tokens > 1]
-    items = decodes + chunks
-    ids: list[int] = []
-    positions, slots, pictures, prefills, rows = [], [], [], [], []
-    for item in items:
-        first, end = item.start, item.start + item.num_tokens
-        table = np.array(item.seq.block_table, dtype=np.int64)
-        places = np.arange(first, end)
-        pictures += _picture_rows(item, len(ids), device)
-        if item.num_tokens > 1:
-            used = torch.from_numpy(table[: -(-end // block_size)]).to(device)
-            prefills.append(PrefillChunk(len(ids), len(ids) + item.num_tokens, first, used))
-        ids += item.seq.token_ids[first:end]
-        positions.append(places)
-        slots.append(table[places // block_size] * block_size + places % block_size)
-        if item.samples:
-            rows.append(len(ids) - 1)
-    tables, mask = _decode_tables(decodes, block_size)
+def build(scheduled: ScheduledBatch, rows: Rows, block_size: int) -> Batch:
+    """Lay out a step, and bring what ``rows`` keeps up to date."""
+    pairs = list(zip(scheduled.items, rows.assign(scheduled.items), strict=True))
+    decodes = [pair for pair in pairs if pair[1].has_token]
+    chunks = [pair for pair in pairs if not pair[1].has_token]
+    embedding, forward = _decodes(decodes, rows, block_size)
+    samples, longest_query, longest = decodes, 0, forward["lengths"].max(initial=0)
+    pictures: list[tuple[ScheduledSeq, int, int]] = []
+    if chunks:
+        samples = decodes + [pair for pair in chunks if pair[0].samples]
+        embedding |= _tables(embedding, chunks, rows)
+        embedding["token_ids"] = np.array([i for item, _ in chunks for i in _token_ids(item)], np.int64)
+        forward |= _chunks(forward, chunks, len(decodes), block_size)
+        pictures = _pictures(embedding, chunks, len(decodes))
+        longest_query = max(item.num_tokens for item, _ in chunks)
+        longest = max(longest, forward["key_lengths"].max())
+    for item, row in samples:
+        if item.seq.sampling.min_tokens:
+            rows.mask_ends(item, row)
+        row.has_token = True
+    place = {id(item): index for index, (item, _) in enumerate(samples)}
     return Batch(
-        token_ids=torch.tensor(ids, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slots=torch.from_numpy(np.concatenate(slots)).to(device),
+        embedding=embedding,
+        forward=forward,
+        sampling=_sampling(samples, rows),
+        samples=[item for item, _ in samples],
+        order=[place[id(item)] for item in scheduled.sampling],
         pictures=pictures,
-        num_decodes=len(decodes),
-        block_tables=tables.to(device),
-        mask=None if mask is None else mask.to(device),
-        prefills=prefills,
-        sample_rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        samples=[item for item in items if item.samples],
+        variant=rows.variant([row for _, row in samples]),
+        longest_query=longest_query,
+        num_blocks=int(-(-longest // block_size)),
     )
 
 
-def _picture_rows(item: ScheduledSeq, row: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    state = state_of(item.seq)
-    if state.embeddings is None:
-        return []
-    first, last = np.searchsorted(state.image_positions, (item.start, item.start + item.num_tokens))
-    if first == last:
-        return []
-    rows = torch.from_numpy(state.image_positions[first:last] - item.start + row)
-    return [(rows.to(device), state.embeddings[first:last])]
+def idle_decodes(size: int, rows: Rows) -> tuple[Arrays, Arrays, Arrays]:
+    """Return the arrays (embedding, forward, sampling) of ``size`` decodes that change nothing, as a batch has them."""
+    indices, none = np.full(size, rows.padding, np.int64), np.zeros(size, np.int32)
+    return (
+        {"table_places": indices * rows.longest, "table_blocks": none},
+        {
+            "rows": indices,
+            "lengths": none,
+            "positions": np.zeros(size, np.int64),
+            "slots": np.full(size, -1, np.int64),
+        },
+        {"rows": indices, "positions": np.zeros(size, np.int64)} | rows.parameters(indices),
+    )
 
 
-def _decode_tables(decodes: list[ScheduledSeq], block_size: int) -> tuple[Tensor, Tensor | None]:
-    lengths = np.array([item.start + 1 for item in decodes], dtype=np.int64)
-    longest = int(-(-lengths.max(initial=0) // block_size))
-    tables = np.zeros((len(decodes), longest), dtype=np.int64)
-    for row, item in enumerate(decodes):
-        used = item.seq.block_table[: -(-(item.start + 1) // block_size)]
-        tables[row, : len(used)] = used
-    if not decodes or (lengths == longest * block_size).all():
-        return torch.from_numpy(tables), None
-    mask = np.arange(longest * block_size) < lengths[:, None]
-    return torch.from_numpy(tables), torch.from_numpy(mask)[:, None, None]
+def no_chunks() -> Arrays:
+    """Return the forward arrays of a step without any token."""
+    names = {"rows": np.int64, "lengths": np.int32, "positions": np.int64, "slots": np.int64}
+    names |= {"chunk_rows": np.int64, "key_lengths": np.int32, "sampled": np.int64}
+    empty: Arrays = {name: np.zeros(0, dtype) for name, dtype in names.items()}
+    return empty | {"query_offsets": np.zeros(1, np.int32)}
 
 
-class PagedAttention:
-    """How the rows of one batch attend, and where their keys and values are kept (an ``Attend`` of the model)."""
+def fill_up(forward: Arrays, num_decodes: int, num_tokens: int, rows: Rows) -> Arrays:
+    """Fill up the forward arrays of a step with chunks, with what changes nothing.
 
-    def __init__(self, batch: Batch, kv_cache: Tensor) -> None:
-        self._batch = batch
-        self._kv_cache = kv_cache
+    Args:
+        forward: of a batch with chunks.
+        num_decodes: decodes that there shall be, before the chunks' tokens; as many chunks, and samples.
+        num_tokens: tokens that there shall be.
+        rows: for a row that is nobody's.
+    """
+    present = len(forward["rows"])
+    tokens = len(forward["positions"]) - present
+    shift = num_decodes - present
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[tokens, heads, head_dim], in the order of the batch's rows."""
-        batch = self._batch
-        key_cache, value_cache = self._kv_cache[layer].unbind(0)
-        # The whole step's keys come first: sequences of one step may share blocks.
-        ops.write_kv(key_cache, value_cache, key, value, batch.slots)
-        outputs = []
-        if batch.num_decodes:
-            outputs.append(
-                ops.paged_decode_attention(
-                    query[: batch.num_decodes], key_cache, value_cache, batch.block_tables, batch.mask
-                )
-            )
-        outputs += [
-            ops.paged_prefill_attention(
-                query[chunk.start : chunk.end], key_cache, value_cache, chunk.block_table, chunk.num_cached
-            )
-            for chunk in batch.prefills
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    def spread(array: Array, filling: int) -> Array:
+        filled = np.full(num_tokens, filling, array.dtype)
+        filled[:present], filled[num_decodes : num_decodes + tokens] = array[:present], array[present:]
+        return filled
+
+    def extended(array: Array, length: int, filling: int) -> Array:
+        filled = np.full(length, filling, array.dtype)
+        filled[: len(array)] = array
+        return filled
+
+    sampled = forward["sampled"]
+    return {
+        "rows": extended(forward["rows"], num_decodes, rows.padding),
+        "lengths": extended(forward["lengths"], num_decodes, 0),
+        "positions": spread(forward["positions"], 0),
+        "slots": spread(forward["slots"], -1),
+        "chunk_rows": extended(forward["chunk_rows"], num_decodes, rows.padding),
+        "query_offsets": extended(forward["query_offsets"], num_decodes + 1, tokens),
+        "key_lengths": extended(forward["key_lengths"], num_decodes, 0),
+        "sampled": extended(np.where(sampled < present, sampled, sampled + shift), num_decodes, 0),
+    }
+
+
+def _decodes(decodes: Pairs, rows: Rows, block_size: int) -> tuple[Arrays, Arrays]:
+    positions = np.array([item.start for item, _ in decodes], np.int64)
+    indices = np.array([row.index for _, row in decodes], np.int64)
+    blocks = np.array([item.seq.block_table[item.start // block_size] for item, _ in decodes], np.int32)
+    embedding: Arrays = {"table_places": indices * rows.longest + positions // block_size, "table_blocks": blocks}
+    forward: Arrays = {
+        "rows": indices,
+        "lengths": (positions + 1).astype(np.int32),
+        "positions": positions,
+        "slots": blocks.astype(np.int64) * block_size + positions % block_size,
+    }
+    return embedding, forward
+
+
+def _chunks(forward: Arrays, chunks: Pairs, first: int, block_size: int) -> Arrays:
+    """Put the chunks' tokens behind those of ``first`` decodes."""
+    items = [item for item, _ in chunks]
+    positions, slots = [forward["positions"]], [forward["slots"]]
+    for item in items:
+        table, places = np.array(item.seq.block_table, np.int64), np.arange(item.start, item.start + item.num_tokens)
+        positions.append(places)
+        slots.append(table[places // block_size] * block_size + places % block_size)
+    ends = np.cumsum([item.num_tokens for item in items], dtype=np.int32)
+    sampled = [first + end - 1 for item, end in zip(items, ends.tolist(), strict=True) if item.samples]
+    return {
+        "positions": np.concatenate(positions),
+        "slots": np.concatenate(slots),
+        "chunk_rows": np.array([row.index for _, row in chunks], np.int64),
+        "query_offsets": np.concatenate((np.zeros(1, np.int32), ends)),
+        "key_lengths": np.array([item.start + item.num_tokens for item in items], np.int32),
+        "sampled": np.array([*range(first), *sampled], np.int64),
+    }
+
+
+def _tables(embedding: Arrays, chunks: Pairs, rows: Rows) -> Arrays:
+    """Add whole block tables of the sequences that are new."""
+    places, blocks = [embedding["table_places"]], [embedding["table_blocks"]]
+    for item, row in chunks:
+        if not row.has_table:
+            row.has_table = True
+            blocks.append(np.array(item.seq.block_table, np.int32))
+            places.append(row.index * rows.longest + np.arange(len(item.seq.block_table)))
+    return {"table_places": np.concatenate(places), "table_blocks": np.concatenate(blocks)}
+
+
+def _pictures(embedding: Arrays, chunks: Pairs, token: int) -> list[tuple[ScheduledSeq, int, int]]:
+    """Add where pictures' rows go; the first chunk begins at ``token``."""
+    found, places = [], []
+    for item, _ in chunks:
+        positions = state_of(item.seq).image_positions
+        first, last = np.searchsorted(positions, (item.start, item.start + item.num_tokens)).tolist()
+        if first < last:
+            found.append((item, first, last - first))
+            places.append(positions[first:last] - item.start + token)
+        token += item.num_tokens
+    if places:
+        embedding["picture_places"] = np.concatenate(places)
+    return found
+
+
+def _token_ids(item: ScheduledSeq) -> list[int]:
+    return item.seq.token_ids[item.start : item.start + item.num_tokens]
+
+
+def _sampling(samples: Pairs, rows: Rows) -> Arrays:
+    indices = np.array([row.index for _, row in samples], np.int64)
+    ends = np.array([item.start + item.num_tokens for item, _ in samples], np.int64)
+    return {"rows": indices, "positions": ends} | rows.parameters(indices)

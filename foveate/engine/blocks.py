@@ -7,8 +7,8 @@ A block is in exactly one of three states::
     held    in the block table of one sequence or more
 
 A held block may be registered under the hash of its contents (see :mod:`foveate.engine.sequence`); only then
-can another sequence hold it too. Blocks are registered when the step which computes them is *scheduled*, so
-whoever registers must see to it that the step runs before anything else happens, or
+can another sequence hold it too. Blocks are registered when the step which computes them is *scheduled*, or
+later, so whoever registers must see to it that the step runs before any that is scheduled after that, or
 :meth:`BlockAllocator.forget` them.
 """
 

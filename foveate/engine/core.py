@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 
 import msgspec
 import numpy as np
@@ -24,11 +25,12 @@ from foveate.engine.messages import (
     Request,
     Step,
 )
-from foveate.engine.runner import ModelRunner
+from foveate.engine.runner import Launched, ModelRunner
 from foveate.engine.sampling import Sampled
-from foveate.engine.scheduler import ScheduledBatch, Scheduler
+from foveate.engine.scheduler import Scheduler
 from foveate.engine.sequence import ImageSpan, Sequence
 from foveate.engine.state import SequenceState, state_of
+from foveate.engine.step import ScheduledBatch
 from foveate.errors import EngineError, FoveateError, InvalidRequest
 from foveate.transport.handle import Embeddings
 from foveate.transport.sources import Sources
@@ -41,6 +43,9 @@ _SEED_BITS = 62
 
 class EngineCore:
     """One engine: a runner, a scheduler, and where embeddings come from.
+
+    With a scheduler of depth 1 the host is a step ahead of the device: while that runs one, the results of the step
+    before are read and sent, and the next step is scheduled and launched.
 
     Args:
         runner: runs steps.
@@ -64,6 +69,7 @@ class EngineCore:
         self.sources = sources
         self.eos_token_ids = eos_token_ids
         self.max_seq_len = max_seq_len
+        self._open: deque[tuple[ScheduledBatch, Launched]] = deque()
 
     def ready(self) -> Ready:
         """Describe the engine to its clients."""
@@ -89,7 +95,9 @@ class EngineCore:
                 for reply in self.handle(decoder.decode(socket.recv())):
                     socket.send(encoder.encode(reply))
             if self.scheduler.has_work:
-                socket.send(encoder.encode(self.step()))
+                step = self.step()
+                if step.chunks or step.failures:
+                    socket.send(encoder.encode(step))
                 checked = False
             elif not checked:
                 # Nobody has come for a while: the time for it is nobody's.
@@ -120,25 +128,36 @@ class EngineCore:
         return Attached(arena=request.offer.arena, transport=transport, reader=reader)
 
     def step(self) -> Step:
-        """Schedule and run one step; a step that fails ends its own requests and nothing else."""
+        """Launch a step, and end the oldest one if enough are open; a step that fails ends its own requests only."""
         batch = self.scheduler.schedule()
-        if batch is None:
-            return Step()
-        now = time.monotonic()
-        for item in batch.items:
-            state_of(item.seq).mark_admitted(now)
         try:
-            sampled = self.runner.run(batch)
+            if batch is not None:
+                self._open.append((batch, self._launch(batch)))
+                if len(self._open) <= self.scheduler.depth:
+                    return Step()
+            if not self._open:
+                return Step()
+            batch, launched = self._open[0]
+            sampled = self.runner.collect(launched)
         except torch.AcceleratorError:
             # The device's context is lost: only a new process helps, and the parent starts one.
             logger.exception("the device failed")
             raise
         except Exception:
             logger.exception("a step failed")
+            assert batch is not None
             return Step(failures=self._give_up(batch))
+        self._open.popleft()
         return Step(chunks=self._chunks(batch, sampled))
 
+    def _launch(self, batch: ScheduledBatch) -> Launched:
+        now = time.monotonic()
+        for item in batch.items:
+            state_of(item.seq).mark_admitted(now)
+        return self.runner.launch(batch)
+
     def _chunks(self, batch: ScheduledBatch, sampled: Sampled) -> list[Chunk]:
+        logprobs = {item.seq: logprob for item, logprob in zip(batch.sampling, sampled.logprobs, strict=True)}
         results = self.scheduler.update(batch, sampled.token_ids)
         now = time.monotonic()
         return [
@@ -146,17 +165,19 @@ class EngineCore:
                 request_id=result.seq.request_id,
                 index=result.seq.index,
                 token_ids=[] if result.finish_reason == "stop" else [result.token_id],
-                logprobs=[logprob] if logprob and result.finish_reason != "stop" else None,
+                logprobs=[logprob] if (logprob := logprobs[result.seq]) and result.finish_reason != "stop" else None,
                 finish_reason=result.finish_reason,
                 stop_token=result.token_id if result.finish_reason == "stop" else None,
                 num_cached_tokens=result.seq.num_cached_tokens,
                 times=state_of(result.seq).take_times(now),
             )
-            for result, logprob in zip(results, sampled.logprobs, strict=True)
+            for result in results
         ]
 
     def _give_up(self, batch: ScheduledBatch) -> list[Failure]:
+        """End the requests of a step that failed, and of those behind it: they were to read what it writes."""
         ended = {seq.request_id for seq in self.scheduler.rollback(batch)}
+        self._open = deque(pair for pair in self._open if self.scheduler.is_open(pair[0]))
         for request_id in ended:
             self.scheduler.abort(request_id)
         error = EngineError("the engine failed while it worked on this request; see its log")

@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
 from foveate.config import EngineSettings
-from foveate.engine.batch import Batch, PagedAttention, build
-from foveate.engine.sampling import Sampled, prepare, sample
-from foveate.engine.scheduler import ScheduledBatch
+from foveate.engine.batch import Batch, build
+from foveate.engine.graphs import MOST_TOKENS, CudaRecorder, Recorder, StepGraphs
+from foveate.engine.inputs import EmbeddingInputs, ForwardInputs, PagedAttention
+from foveate.engine.messages import TokenLogprob
+from foveate.engine.rows import Rows
+from foveate.engine.sampling import (
+    GREEDY,
+    WIDTHS,
+    Logprobs,
+    Sampled,
+    SamplingInputs,
+    Variant,
+    choose,
+    to_host,
+)
 from foveate.engine.sequence import Sequence
-from foveate.engine.state import SequenceState
+from foveate.engine.state import SequenceState, state_of
+from foveate.engine.step import ScheduledBatch
+from foveate.engine.upload import upload
 from foveate.errors import ConfigError
+from foveate.kernels import ops
 from foveate.models.qwen2 import Qwen2
 
 _CPU_CACHE_BYTES = 4 * 2**30
 # Keys and values of this many full batches are plenty. On a CPU more would only displace other programs' memory; on a
 # GPU a small model would get millions of blocks, and keeping account of them takes time.
 _CPU_CACHE_BATCHES, _GPU_CACHE_BATCHES = 4, 16
+_VARIANTS = (GREEDY, Variant(adjusts=True, draws=True, width=min(WIDTHS)))
+"""The usual ways of sampling: greedy, and with what a published checkpoint recommends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way.
+
+    Attributes:
+        batch: what runs.
+        token_ids: int64 [samples], the chosen tokens, once ``finished`` says so.
+        logprobs: for the samples that want them, by their places.
+        finished: None on a CPU, where it is over already.
+    """
+
+    batch: Batch
+    token_ids: Tensor
+    logprobs: tuple[Logprobs, dict[int, int]] | None
+    finished: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -33,6 +70,8 @@ class ModelRunner:
 
     Attributes:
         max_seq_len: what was asked for, or as much of it as the cache holds if the settings leave it open.
+        depth: steps that are best left open while another one is launched; see
+            :class:`foveate.engine.scheduler.Scheduler`.
 
     Raises:
         ConfigError: the cache cannot hold a sequence of the length that the settings name.
@@ -43,20 +82,36 @@ class ModelRunner:
         if model.embed_tokens.weight.device.type == "cpu":
             _store_by_columns(model)
         self.block_size = settings.block_size
+        self._max_num_tokens = settings.max_num_tokens
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        config = model.config
+        self._rows = Rows(
+            settings.max_batch_size, -(-max_seq_len // self.block_size), model.config.vocab_size, self.device
+        )
+        self._cos_sin = model.rotary_table(max_seq_len)
+        # A kernel's grid may depend on the width of the tables; what gathers all of their blocks had better not.
+        self._has_kernels = ops.has_kernels(self.device)
+        self._graphs: StepGraphs | None = None
+        if settings.cuda_graphs and self._has_kernels:
+            self.use_graphs(CudaRecorder(self.device))
+        self.depth = int(self.device.type == "cuda")
+        # Last, since it takes what is left.
+        self.num_blocks, self.kv_cache = self._make_cache(settings, max_seq_len, reserved_bytes)
+        self._caches = [(keys, values) for keys, values in self.kv_cache]
+        self.max_seq_len = min(max_seq_len, self.num_blocks * self.block_size)
+
+    def _make_cache(self, settings: EngineSettings, max_seq_len: int, reserved_bytes: int) -> tuple[int, Tensor]:
+        config = self.model.config
         shape = (self.block_size, config.num_key_value_heads, config.head_dim)
         block_bytes = config.num_hidden_layers * 2 * torch.Size(shape).numel() * self.dtype.itemsize
-        self.num_blocks = settings.num_kv_blocks or self._affordable(settings, max_seq_len, block_bytes, reserved_bytes)
-        self.max_seq_len = min(max_seq_len, self.num_blocks * self.block_size)
-        if self.num_blocks == 0 or (settings.max_seq_len is not None and self.max_seq_len < max_seq_len):
+        num_blocks = settings.num_kv_blocks or self._affordable(settings, max_seq_len, block_bytes, reserved_bytes)
+        capacity = num_blocks * self.block_size
+        if num_blocks == 0 or (settings.max_seq_len is not None and capacity < max_seq_len):
             raise ConfigError(
-                f"max_seq_len: got {max_seq_len}, but the KV cache holds {self.num_blocks * self.block_size} tokens; "
+                f"max_seq_len: got {max_seq_len}, but the KV cache holds {capacity} tokens; "
                 "set a smaller max_seq_len, or give the cache more memory"
             )
-        layout = (config.num_hidden_layers, 2, self.num_blocks, *shape)
-        self.kv_cache = _zeros(layout, self.dtype, self.device)
+        return num_blocks, _zeros((config.num_hidden_layers, 2, num_blocks, *shape), self.dtype, self.device)
 
     def _affordable(self, settings: EngineSettings, max_seq_len: int, block_bytes: int, reserved: int) -> int:
         share = settings.kv_cache_free_mem_fraction
@@ -70,32 +125,145 @@ class ModelRunner:
             plenty = _CPU_CACHE_BATCHES * full_batch
         return min(max(free, 0) // block_bytes, plenty)
 
+    def use_graphs(self, recorder: Recorder) -> None:
+        """From now on, replay steps; ``recorder`` makes what is replayed."""
+        most, config = self._rows.padding, self.model.config
+        self._logits = torch.zeros(most, config.vocab_size, device=self.device)
+        tokens = min(most + self._max_num_tokens, MOST_TOKENS)
+        x = torch.zeros(tokens, config.hidden_size, dtype=self.dtype, device=self.device)
+        self._graphs = StepGraphs(self, self._rows, x, recorder)
+
+    def run_all(self) -> None:
+        """Run the usual steps once that are graphs, with nothing in them."""
+        if self._graphs is not None:
+            self._graphs.run_all(_VARIANTS)
+
+    def capture(self) -> float:
+        """Capture the usual graphs, where graphs are used, and return the seconds that it took."""
+        started = time.monotonic()
+        if self._graphs is None:
+            return 0.0
+        self._graphs.capture(_VARIANTS)
+        return time.monotonic() - started
+
     def admit(self, seq: Sequence, state: SequenceState) -> None:
         """Give a sequence its state, before it is scheduled."""
-        prepare(seq, state, self.model.config.vocab_size, self.device)
         seq.payload = state
 
-    @torch.inference_mode()
     def run(self, scheduled: ScheduledBatch) -> Sampled:
-        """Run one step.
+        """Run one step and wait for it; see :meth:`launch` and :meth:`collect`."""
+        return self.collect(self.launch(scheduled))
+
+    @torch.inference_mode()
+    def launch(self, scheduled: ScheduledBatch) -> Launched:
+        """Have the device run a step, behind those that were launched before. On a GPU nobody waits for it."""
+        batch = build(scheduled, self._rows, self.block_size)
+        if self._graphs and not batch.longest_query:
+            logits, chosen = self._graphs.decode(batch)
+        else:
+            logits, chosen = self._run(batch)
+        return Launched(batch, to_host(chosen), self._logprobs(batch, logits, chosen), self._mark())
+
+    def collect(self, launched: Launched) -> Sampled:
+        """Wait for a step and read its results.
 
         Returns:
             a token for each of ``scheduled.sampling``, in order
         """
-        batch = build(scheduled, self.block_size, self.device)
-        hidden = self._forward(batch)
-        if not batch.samples:
-            return Sampled([], [])
-        logits = self.model.logits(hidden[batch.sample_rows])
-        sampled = sample(logits, [item.seq for item in batch.samples])
-        return _reordered(sampled, batch, scheduled)
+        if launched.finished is not None:
+            launched.finished.synchronize()
+        token_ids: list[int] = launched.token_ids.tolist()
+        order = launched.batch.order
+        logprobs: list[TokenLogprob | None] = [None] * len(order)
+        if launched.logprobs is not None:
+            found, places = launched.logprobs
+            for index, sample in enumerate(order):
+                if sample in places:
+                    count = launched.batch.samples[sample].seq.sampling.top_logprobs
+                    logprobs[index] = found.read(places[sample], token_ids[sample], count)
+        return Sampled([token_ids[sample] for sample in order], logprobs)
 
-    def _forward(self, batch: Batch) -> Tensor:
-        x = self.model.embed_tokens(batch.token_ids)
-        for rows, embeddings in batch.pictures:
-            x.index_copy_(0, rows, embeddings.to(x.device, x.dtype))
-        hidden: Tensor = self.model(x, batch.positions, PagedAttention(batch, self.kv_cache))
-        return hidden
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a step from its arrays; return logits [samples or more, vocab_size] and chosen tokens [samples]."""
+        groups = upload(batch.embedding, batch.forward, batch.sampling, device=self.device)
+        embedding, inputs, sampling = EmbeddingInputs(**groups[0]), ForwardInputs(**groups[1]), groups[2]
+        x = self._embed(embedding, inputs.rows)
+        start = 0
+        for item, first, count in batch.pictures:
+            assert embedding.picture_places is not None
+            rows = state_of(item.seq).embeddings
+            assert rows is not None
+            places = embedding.picture_places[start : start + count]
+            x.index_copy_(0, places, rows[first : first + count].to(x.device, x.dtype))
+            start += count
+        logits = self._graphs.forward(batch, x) if self._graphs else None
+        if logits is None:
+            tables = self._rows.tables if self._has_kernels else self._rows.tables[:, : batch.num_blocks]
+            hidden = self._layers(x, inputs, self._tables(inputs, tables), batch.longest_query)
+            logits = self.model.logits(hidden)
+        chosen = self._choose(logits[: len(batch.samples)], SamplingInputs(**sampling), batch.variant)
+        return logits, chosen
+
+    def decode(
+        self, embedding: EmbeddingInputs, forward: ForwardInputs, sampling: SamplingInputs, variant: Variant
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`foveate.engine.graphs.Steps`."""
+        x, tables = ops.start_decode(
+            self._rows.tokens, self._rows.tables, self.model.embed_tokens.weight, forward.rows,
+            embedding.table_places, embedding.table_blocks,
+        )  # fmt: skip
+        scores = self.model.lm_head(self._layers(x, forward, (tables, None), 0))
+        logits = self._logits[: len(x)]
+        if variant == GREEDY:
+            return logits, ops.greedy(scores, sampling.rows, self._rows.tokens, logits)
+        return logits, self._choose(logits.copy_(scores), sampling, variant)
+
+    def forward(self, x: Tensor, inputs: ForwardInputs, longest_query: int) -> Tensor:
+        """See :class:`foveate.engine.graphs.Steps`."""
+        hidden = self._layers(x, inputs, self._tables(inputs, self._rows.tables), longest_query)
+        return self._logits.copy_(self.model.lm_head(hidden))
+
+    def _tables(self, inputs: ForwardInputs, tables: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the block tables of decodes and chunks."""
+        chunks = None if inputs.chunk_rows is None else tables.index_select(0, inputs.chunk_rows)
+        return tables.index_select(0, inputs.rows), chunks
+
+    def _embed(self, inputs: EmbeddingInputs, rows: Tensor) -> Tensor:
+        self._rows.tables.view(-1).index_copy_(0, inputs.table_places, inputs.table_blocks)
+        ids = self._rows.tokens.index_select(0, rows)
+        if inputs.token_ids is not None:
+            ids = torch.cat((ids, inputs.token_ids))
+        embedded: Tensor = self.model.embed_tokens(ids)
+        return embedded
+
+    def _layers(
+        self, x: Tensor, inputs: ForwardInputs, tables: tuple[Tensor, Tensor | None], longest_query: int
+    ) -> Tensor:
+        """Return the hidden states of the tokens that are sampled: [samples, hidden]."""
+        heads = self.model.config.num_attention_heads
+        attention = PagedAttention(inputs, self._caches, tables, self._cos_sin, heads, longest_query)
+        hidden = self.model.run(x, attention)
+        return hidden if inputs.sampled is None else hidden.index_select(0, inputs.sampled)
+
+    def _choose(self, logits: Tensor, sampling: SamplingInputs, variant: Variant) -> Tensor:
+        chosen = choose(logits, sampling, self._rows.state, variant)
+        self._rows.tokens.index_copy_(0, sampling.rows, chosen)
+        return chosen
+
+    def _logprobs(self, batch: Batch, logits: Tensor, chosen: Tensor) -> tuple[Logprobs, dict[int, int]] | None:
+        wanted = [place for place, item in enumerate(batch.samples) if item.seq.sampling.logprobs]
+        if not wanted:
+            return None
+        most = max(batch.samples[place].seq.sampling.top_logprobs for place in wanted)
+        [uploaded] = upload({"places": np.array(wanted, np.int64)}, device=self.device)
+        return Logprobs(logits, chosen, uploaded["places"], most), {place: index for index, place in enumerate(wanted)}
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -115,10 +283,3 @@ def _store_by_columns(model: Qwen2) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not model.embed_tokens.weight:
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def _reordered(sampled: Sampled, batch: Batch, scheduled: ScheduledBatch) -> Sampled:
-    """Bring the samples from the batch's order, decodes first, into the scheduler's."""
-    place = {id(item): index for index, item in enumerate(batch.samples)}
-    order = [place[id(item)] for item in scheduled.sampling]
-    return Sampled([sampled.token_ids[i] for i in order], [sampled.logprobs[i] for i in order])

@@ -2,19 +2,77 @@
 
 Randomness is a hash of (seed, position, token), not a stream: what a sequence draws does not depend on who else is in
 the batch, on how the step was cut, or on a preemption.
+
+Nothing here needs the host: every parameter is a tensor with an element for each row, and neutral where a row does not
+use it. What a step does not need at all is left out by its :class:`Variant`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.engine.messages import SamplingParams, TokenLogprob
-from foveate.engine.sequence import Sequence
-from foveate.engine.state import SequenceState, state_of
+
+WIDTHS = (128, 1024)
+"""How many candidates are put in order, at most, if no row can use more; otherwise the whole vocabulary is."""
+
+
+class Variant(NamedTuple):
+    """What a step's sampling has to do: the same for many steps.
+
+    Attributes:
+        adjusts: some row has penalties, a bias, or ends that it may not choose yet.
+        draws: some row does not just take the most likely token.
+        width: candidates of each row that are put in order, to be cut down; 0: no row that draws needs that.
+    """
+
+    adjusts: bool = False
+    draws: bool = False
+    width: int = 0
+
+
+GREEDY = Variant()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """The parameters of a step's rows, each [rows]; see :class:`foveate.engine.messages.SamplingParams`.
+
+    Attributes:
+        rows: int64, each one's place in the tensors of a :class:`SamplingState`.
+        positions: int64, where the chosen tokens will stand in their sequences.
+        seeds: int64.
+        top_k: int32, 0: off.
+        temperature, top_p, min_p, repetition, presence, frequency: float32.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    seeds: Tensor
+    top_k: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingState:
+    """What rows keep from step to step.
+
+    Attributes:
+        counts: int32 [places, vocab_size], how often each token was generated; kept up only where penalties need it.
+        bias: float32 [places, vocab_size], what is added to the logits.
+    """
+
+    counts: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,130 +83,88 @@ class Sampled:
     logprobs: list[TokenLogprob | None]
 
 
-def prepare(seq: Sequence, state: SequenceState, vocab_size: int, device: torch.device) -> None:
-    """Make the tensors that a sequence's parameters need."""
-    params = seq.sampling
-    if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
-        state.counts = torch.zeros(vocab_size, device=device)
-    if params.logit_bias:
-        ids, values = zip(*params.logit_bias.items(), strict=True)
-        state.bias = (
-            torch.tensor(ids, device=device),
-            torch.tensor(values, device=device, dtype=torch.float32),
-        )
-    if params.min_tokens and seq.stop_ids:
-        state.ends = torch.tensor(sorted(seq.stop_ids), device=device)
+def needs(params: SamplingParams, *, has_stop_ids: bool) -> Variant:
+    """Return what one row needs, whatever the vocabulary; its ``width`` is its top_k, -1 for the whole vocabulary."""
+    adjusts = (
+        params.repetition_penalty != 1.0
+        or bool(params.presence_penalty or params.frequency_penalty or params.logit_bias)
+        or (params.min_tokens > 0 and has_stop_ids)
+    )
+    cuts = bool(params.top_k) or params.top_p < 1 or params.min_p > 0
+    return Variant(adjusts, params.temperature > 0, (params.top_k or -1) if cuts else 0)
 
 
-@torch.inference_mode()
-def sample(logits: Tensor, seqs: Listing[Sequence]) -> Sampled:
-    """Choose the next token of each sequence.
+def together(each: list[Variant], vocab_size: int) -> Variant:
+    """Return what does for all rows of a step, one that others can use too; see :func:`needs`."""
+    adjusts = any(need.adjusts for need in each)
+    widths = [need.width for need in each if need.draws]
+    if not any(widths):
+        return Variant(adjusts, bool(widths))
+    widest = vocab_size if min(widths) <= 0 else max(widths)
+    return Variant(adjusts, True, next((width for width in WIDTHS if widest <= width < vocab_size), vocab_size))
+
+
+def choose(logits: Tensor, inputs: SamplingInputs, state: SamplingState, variant: Variant) -> Tensor:
+    """Choose the next token of each row, and count it.
 
     Args:
-        logits: float32 [sequences, vocab_size].
-        seqs: one for each row; each one's ``payload`` is a prepared :class:`SequenceState`.
+        logits: float32 [rows, vocab_size]; left as they are.
+        inputs: parameters of the rows.
+        state: of all rows; ``counts`` is updated.
+        variant: what :func:`together` returned for these rows, or anything that does more.
+
+    Returns:
+        int64 [rows]
     """
-    logprobs = _logprobs_wanted(logits, seqs)
-    processed = _processed(logits, seqs)
-    chosen = processed.argmax(dim=-1)
-    drawing = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
-    if drawing:
-        everyone = len(drawing) == len(seqs)
-        rows = torch.tensor(drawing, device=logits.device)
-        drawn = _draw(processed if everyone else processed[rows], [seqs[row] for row in drawing])
-        chosen = drawn if everyone else chosen.index_copy(0, rows, drawn)
-    for row, seq in enumerate(seqs):
-        counts = state_of(seq).counts
-        if counts is not None:
-            counts[chosen[row]] += 1
-    token_ids: list[int] = chosen.tolist()
-    return Sampled(token_ids, _logprobs_of(logprobs, token_ids, seqs))
+    scores = _adjusted(logits, inputs, state) if variant.adjusts else logits
+    chosen = scores.argmax(dim=-1)
+    if variant.draws:
+        chosen = torch.where(inputs.temperature > 0, _draw(scores, inputs, variant.width), chosen)
+    if variant.adjusts:
+        # The places in one dimension: adding at pairs of indices would sort them first.
+        state.counts.view(-1).scatter_add_(
+            0, inputs.rows * logits.shape[-1] + chosen, torch.ones_like(chosen, dtype=state.counts.dtype)
+        )
+    return chosen
 
 
-def _processed(logits: Tensor, seqs: Listing[Sequence]) -> Tensor:
-    """Apply penalties, bias and minimum length; the input stays as it is."""
-    states = [state_of(seq) for seq in seqs]
-    touched = [
-        row
-        for row, (seq, state) in enumerate(zip(seqs, states, strict=True))
-        if state.counts is not None or state.bias is not None or _below_minimum(seq, state)
-    ]
-    if not touched:
-        return logits
-    logits = logits.clone()
-    _penalize(logits, [row for row in touched if states[row].counts is not None], seqs)
-    for row in touched:
-        state = states[row]
-        if state.bias is not None:
-            logits[row].index_add_(0, *state.bias)
-        if _below_minimum(seqs[row], state):
-            logits[row, state.ends] = -torch.inf
-    return logits
-
-
-def _below_minimum(seq: Sequence, state: SequenceState) -> bool:
-    return state.ends is not None and seq.num_output_tokens < seq.sampling.min_tokens
-
-
-def _penalize(logits: Tensor, rows: list[int], seqs: Listing[Sequence]) -> None:
-    if not rows:
-        return
-    params = [seqs[row].sampling for row in rows]
-    counts = torch.stack([counts for row in rows if (counts := state_of(seqs[row]).counts) is not None])
-    repetition, presence, frequency = _columns(
-        [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params], logits.device
+def _adjusted(logits: Tensor, inputs: SamplingInputs, state: SamplingState) -> Tensor:
+    """Apply penalties and bias. Where they are neutral, nothing changes, not even in the last bit."""
+    counts = state.counts.index_select(0, inputs.rows)
+    repetition, presence, frequency = (
+        column.unsqueeze(1) for column in (inputs.repetition, inputs.presence, inputs.frequency)
     )
-    index = torch.tensor(rows, device=logits.device)
-    scores, seen = logits[index], counts > 0
-    repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
-    scores = torch.where(seen, repeated, scores) - frequency * counts - presence * seen
-    logits.index_copy_(0, index, scores)
+    seen = counts > 0
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    scores = torch.where(seen, repeated, logits) - frequency * counts - presence * seen
+    return scores + state.bias.index_select(0, inputs.rows)
 
 
-def _columns(values: list[tuple[float, ...]], device: torch.device) -> list[Tensor]:
-    """One tensor [rows, 1] for each parameter."""
-    return list(torch.tensor(values, device=device, dtype=torch.float32).unsqueeze(-1).unbind(1))
-
-
-def _draw(logits: Tensor, seqs: Listing[Sequence]) -> Tensor:
+def _draw(scores: Tensor, inputs: SamplingInputs, width: int) -> Tensor:
     """Draw from the tempered distribution cut down to top_k, then top_p, then min_p: [rows]."""
-    params = [seq.sampling for seq in seqs]
-    temperature, top_p, min_p = _columns([(p.temperature, p.top_p, p.min_p) for p in params], logits.device)
-    scores, ids = _candidates(logits / temperature, params)
+    temperature = torch.where(inputs.temperature > 0, inputs.temperature, 1.0)
+    scores = scores / temperature.unsqueeze(1)
+    if width:
+        scores, ids = scores.topk(width, dim=-1)
+        scores = _cut(scores, inputs)
+    else:
+        ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     # A draw is the arg-max after adding Gumbel noise to the log-probabilities.
-    scores = _cut(scores, params, top_p, min_p)
-    seeds = torch.tensor([state_of(seq).seed for seq in seqs], device=logits.device)
-    positions = torch.tensor([seq.num_tokens for seq in seqs], device=logits.device)
-    noise = -torch.log(-torch.log(uniform(seeds, positions, ids)))
+    noise = -torch.log(-torch.log(uniform(inputs.seeds, inputs.positions, ids)))
     best = (scores.double() + noise).argmax(dim=-1, keepdim=True)
     return ids.gather(1, best).squeeze(1)
 
 
-def _candidates(scores: Tensor, params: list[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Scores in descending order with their token ids; only as many as some row can use."""
-    vocab_size = scores.shape[-1]
-    if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
-        return scores, torch.arange(vocab_size, device=scores.device).expand_as(scores)
-    widest = max(p.top_k or vocab_size for p in params)
-    values, ids = scores.topk(min(widest, vocab_size), dim=-1)
-    return values, ids
-
-
-def _cut(scores: Tensor, params: list[SamplingParams], top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set what top_k, top_p and min_p exclude to -inf; the most likely token always stays."""
-    limits = [p.top_k or scores.shape[-1] for p in params]
-    if min(limits) < scores.shape[-1]:
-        ranks = torch.arange(scores.shape[-1], device=scores.device)
-        excluded = ranks >= torch.tensor(limits, device=scores.device)[:, None]
-        scores = scores.masked_fill(excluded, -torch.inf)
-    if any(p.top_p < 1 or p.min_p for p in params):
-        probabilities = scores.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        excluded = (before >= top_p) & (top_p < 1)
-        excluded |= probabilities < min_p * probabilities[:, :1]
-        excluded[:, 0] = False
-        scores = scores.masked_fill(excluded, -torch.inf)
-    return scores
+def _cut(scores: Tensor, inputs: SamplingInputs) -> Tensor:
+    """Set what top_k, top_p and min_p exclude to -inf, in descending scores; the most likely token always stays."""
+    top_k, top_p, min_p = (column.unsqueeze(1) for column in (inputs.top_k, inputs.top_p, inputs.min_p))
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    scores = scores.masked_fill((ranks >= top_k) & (top_k > 0), -torch.inf)
+    probabilities = scores.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    excluded = (before >= top_p) & (top_p < 1)
+    excluded |= probabilities < min_p * probabilities[:, :1]
+    return scores.masked_fill(excluded & (ranks > 0), -torch.inf)
 
 
 def uniform(seeds: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
@@ -181,23 +197,30 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _logprobs_wanted(logits: Tensor, seqs: Listing[Sequence]) -> Tensor | None:
-    if not any(seq.sampling.logprobs for seq in seqs):
-        return None
-    return logits.log_softmax(dim=-1)
+class Logprobs:
+    """The log-probabilities of some of a step's tokens, on their way from the device.
 
+    Args:
+        logits: float32 [rows, vocab_size], the model's own, before any penalty.
+        chosen: int64 [rows].
+        places: int64 [wanted], the rows whose log-probabilities are wanted.
+        most: how many of the most likely tokens a row wants.
+    """
 
-def _logprobs_of(logprobs: Tensor | None, token_ids: list[int], seqs: Listing[Sequence]) -> list[TokenLogprob | None]:
-    if logprobs is None:
-        return [None] * len(seqs)
-    found: list[TokenLogprob | None] = []
-    for row, (token_id, seq) in enumerate(zip(token_ids, seqs, strict=True)):
-        if not seq.sampling.logprobs:
-            found.append(None)
-            continue
+    def __init__(self, logits: Tensor, chosen: Tensor, places: Tensor, most: int) -> None:
+        logprobs = logits.index_select(0, places).log_softmax(dim=-1)
+        self._own = to_host(logprobs.gather(1, chosen.index_select(0, places)[:, None]))
+        self._top = tuple(to_host(part) for part in logprobs.topk(most, dim=-1)) if most else None
+
+    def read(self, place: int, token_id: int, count: int) -> TokenLogprob:
+        """Return those of the ``place``-th row that wants them, once the copies are over."""
         top: list[tuple[int, float]] = []
-        if seq.sampling.top_logprobs:
-            values, ids = logprobs[row].topk(seq.sampling.top_logprobs)
-            top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        found.append(TokenLogprob(token_id, logprobs[row, token_id].item(), top))
-    return found
+        if self._top is not None and count:
+            values, ids = (part[place, :count].tolist() for part in self._top)
+            top = list(zip(ids, values, strict=True))
+        return TokenLogprob(token_id, self._own[place].item(), top)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Begin to copy a tensor to pinned memory; it is there when the stream has got so far."""
+    return x.to("cpu", non_blocking=True, copy=True)

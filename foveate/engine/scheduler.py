@@ -1,19 +1,27 @@
 """Decides, step by step, which tokens of which sequences the model runs.
 
 A step has one budget of tokens. Running sequences use it first, in the order of their admission, then new
-ones, first come first served; a prompt that does not fit into what is left is prefilled in chunks. The code
-leans on three invariants:
+ones, first come first served; a prompt that does not fit into what is left is prefilled in chunks.
+
+Steps may overlap: with a ``depth`` of 1, the next step is scheduled while one is still *open*, that is, before
+anybody knows the tokens that it chooses. They have their places already (:attr:`Sequence.num_placed`), and the
+runner has them on the device. A sequence that turns out to have ended has a part in one more step, whose token
+for it is dropped. Aborts and preemptions need not wait for open steps either.
+
+The code leans on these invariants:
 
 * Only the last running sequence can be in the middle of its prompt: it took all that was left, so nobody
   was admitted after it. The others need one token each, and are fewer than the budget's tokens. So every
-  running sequence is part of every step.
+  running sequence is part of every step, unless an open step is sure to choose its last token.
 * A sequence gets the blocks of all its known tokens when it is admitted. So only one that generates can
   lack a block later, and only for its next token.
-* Full blocks are registered for sharing while the step that computes them is scheduled, so sequences of one
-  step share as well (the runner writes a layer's keys and values of the whole step before it reads any).
-  Nothing may come between :meth:`Scheduler.schedule` and :meth:`Scheduler.update`, or
-  :meth:`Scheduler.rollback` if the step failed: else a hash could lead to a block that was never written.
-  This is enforced.
+* Steps run in the order in which they were scheduled. So blocks can be freed while an open step still writes
+  to them: whoever gets them is part of a later step, and writes before it reads.
+* Full blocks are registered for sharing as soon as their tokens are known and the step that computes them is
+  scheduled, so sequences of one step share as well (the runner writes a layer's keys and values of the whole
+  step before it reads any). If a step fails, it is given up together with all that were scheduled after it
+  (:meth:`Scheduler.rollback`): else a hash could lead to a block that was never written. What the step of a
+  sequence that has ended writes behind its last token is never in a registered block, since its token is unknown.
 
 Two policies say when a sequence is admitted. ``guaranteed_no_evict`` wants all blocks that it can ever
 need, beside what the running ones can still come to need. ``max_utilization`` wants blocks for the tokens
@@ -25,60 +33,15 @@ generated. The oldest never gives up its blocks, so there is always progress.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
 from foveate.config import EngineSettings
 from foveate.engine.blocks import BlockAllocator
 from foveate.engine.messages import FinishReason, Stats
 from foveate.engine.sequence import Sequence, SequenceStatus
+from foveate.engine.step import SampledToken, ScheduledBatch, ScheduledSeq
 from foveate.errors import ContextLengthExceeded, EngineError, Overloaded
 
 RETRY_AFTER_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSeq:
-    """One sequence's part in a step: tokens ``[start, start + num_tokens)`` of its ``token_ids``.
-
-    Attributes:
-        samples: whether the last of them is the newest token, so that the step chooses the next one.
-        registered: blocks that this part fills and that the prefix cache now knows.
-    """
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    registered: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """What one step runs."""
-
-    items: tuple[ScheduledSeq, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step runs."""
-        return sum(item.num_tokens for item in self.items)
-
-    @property
-    def sampling(self) -> list[ScheduledSeq]:
-        """The items whose next token the step chooses, in order."""
-        return [item for item in self.items if item.samples]
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What a step chose for one sequence.
-
-    With the ``finish_reason`` ``"stop"``, ``token_id`` ended the answer and is no part of it.
-    """
-
-    seq: Sequence
-    token_id: int
-    finish_reason: FinishReason | None
 
 
 class Scheduler:
@@ -88,6 +51,7 @@ class Scheduler:
         settings: limits and policy.
         num_blocks: KV blocks of the cache.
         max_seq_len: most tokens of a prompt and its answer together.
+        depth: steps that may be open when another one is scheduled: 0 or 1.
 
     Attributes:
         waiting: sequences that wait, the next one first. Look, but do not touch.
@@ -95,7 +59,7 @@ class Scheduler:
         allocator: the KV blocks.
     """
 
-    def __init__(self, settings: EngineSettings, *, num_blocks: int, max_seq_len: int) -> None:
+    def __init__(self, settings: EngineSettings, *, num_blocks: int, max_seq_len: int, depth: int = 0) -> None:
         caching = settings.enable_prefix_caching
         self.allocator = BlockAllocator(num_blocks, settings.block_size, enable_prefix_caching=caching)
         self.max_batch_size = settings.max_batch_size
@@ -106,14 +70,15 @@ class Scheduler:
         self.guaranteed = settings.scheduler_policy == "guaranteed_no_evict"
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._in_flight: ScheduledBatch | None = None
+        self.depth = depth
+        self._open: deque[ScheduledBatch] = deque()
         self._steps = self._preemptions = self._finished = self._aborted = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether :meth:`schedule` would return a step."""
-        return bool(self.waiting or self.running)
+        """Whether there is anything to do: a step to schedule, or one to wait for."""
+        return bool(self.waiting or self.running or self._open)
 
     def add(self, *seqs: Sequence) -> None:
         """Queue the sequences of a request: all of them, or with an error none.
@@ -130,73 +95,88 @@ class Scheduler:
         self.waiting.extend(seqs)
 
     def schedule(self) -> ScheduledBatch | None:
-        """Choose the next step, or None if there is nothing to do.
+        """Choose the next step, or None if there is nothing to do, or nothing until an open step ends.
 
-        The step must be run at once and then given to :meth:`update`, or to :meth:`rollback` if it failed.
+        The step must be run behind those that are open, and then given to :meth:`update`, or to :meth:`rollback` if
+        it failed.
 
         Raises:
-            EngineError: the step before is still open.
+            EngineError: too many steps are open.
         """
-        self._expect_no_step("schedule another")
+        if len(self._open) > self.depth:
+            raise EngineError(f"cannot schedule another step while {len(self._open)} are open")
         self._make_room()
         items: list[ScheduledSeq] = []
         budget = self.max_num_tokens
         for seq in self.running:
-            items.append(self._chunk(seq, budget))
-            budget -= items[-1].num_tokens
+            if self._goes_on(seq):
+                items.append(self._chunk(seq, budget))
+                budget -= items[-1].num_tokens
         # Whoever just lost its blocks cannot be admitted: it needs all that it freed, and one is gone.
         while budget and (admitted := self._admit_next()) is not None:
             items.append(self._chunk(admitted, budget))
             budget -= items[-1].num_tokens
-        self._in_flight = ScheduledBatch(tuple(items)) if items else None
-        return self._in_flight
+        if not items:
+            return None
+        batch = ScheduledBatch(tuple(items))
+        self._open.append(batch)
+        return batch
 
     def update(self, batch: ScheduledBatch, sampled: list[int]) -> list[SampledToken]:
-        """Take in the results of a step that has run, and free the sequences that it finished.
+        """Take in the results of the oldest open step, and free the sequences that it finished.
 
         Args:
             batch: the step.
             sampled: the chosen tokens' ids, one for each of ``batch.sampling``, in order.
 
+        Returns:
+            the tokens of all sequences that had not ended before, in the same order
+
         Raises:
-            EngineError: this is not the open step, or there are too few or too many tokens.
+            EngineError: this is not the oldest open step, or there are too few or too many tokens.
         """
         sampling = batch.sampling
-        self._expect_step(batch)
+        if not self._open or batch is not self._open[0]:
+            raise EngineError("this step is not the oldest open one")
         if len(sampled) != len(sampling):
             raise EngineError(f"the step chose {len(sampled)} tokens for {len(sampling)} sequences")
-        self._in_flight = None
+        self._open.popleft()
         self._steps += 1
-        for item in batch.items:
-            item.seq.num_computed_tokens = item.start + item.num_tokens
-        pairs = zip(sampling, sampled, strict=True)
-        results = [self._take_token(item.seq, token_id) for item, token_id in pairs]
+        results = []
+        for item, token_id in zip(sampling, sampled, strict=True):
+            item.seq.num_pending -= 1
+            if item.seq.status is not SequenceStatus.FINISHED:
+                results.append(self._take_token(item.seq, token_id))
         self._drop_finished()
         return results
 
     def rollback(self, batch: ScheduledBatch) -> list[Sequence]:
-        """Give up a step that raised: end all of its sequences and return them.
+        """Give up a step that failed, and those after it: end all of their sequences and return them.
 
-        What the step should have written may not be there, so the prefix cache forgets it.
+        What the steps should have written may not be there, so the prefix cache forgets it.
 
         Raises:
-            EngineError: this is not the open step.
+            EngineError: the step is not open.
         """
-        self._expect_step(batch)
-        self._in_flight = None
-        for item in batch.items:
-            self.allocator.forget(item.registered)
-        return self._abort([item.seq for item in batch.items])
+        if not self.is_open(batch):
+            raise EngineError("this step is not open")
+        failed: dict[Sequence, None] = {}
+        while self.is_open(batch):
+            for item in self._open.pop().items:
+                self.allocator.forget(item.filled)
+                item.seq.num_pending -= item.samples
+                failed[item.seq] = None
+        return self._abort([seq for seq in failed if seq.status is not SequenceStatus.FINISHED])
+
+    def is_open(self, batch: ScheduledBatch) -> bool:
+        """Whether a step is neither over nor given up."""
+        return batch in self._open
 
     def abort(self, request_id: str, index: int | None = None) -> list[Sequence]:
         """End a request's sequences, or the one with this index, wherever they stand; return them.
 
         Their blocks are free at once. Unknown ids are no error: the request may just have finished.
-
-        Raises:
-            EngineError: a step is open.
         """
-        self._expect_no_step("abort")
         seqs = [seq for seq in (*self.running, *self.waiting) if seq.request_id == request_id]
         return self._abort([seq for seq in seqs if index is None or seq.index == index])
 
@@ -233,8 +213,8 @@ class Scheduler:
             for block, block_hash in zip(seq.block_table, self._hashes(seq), strict=False):
                 if self.allocator.hash_of(block) not in (None, block_hash):
                     raise EngineError(f"{seq} holds block {block}, which is registered for other contents")
-        for seq in self.running[:-1] if self._in_flight is None else []:
-            if seq.num_computed_tokens != seq.num_tokens - 1:
+        for seq in self.running[:-1]:
+            if seq.num_computed_tokens != seq.num_placed - 1:
                 raise EngineError(f"{seq} is not the last admitted, but in the middle of its prompt")
         promised = sum(self._promised(seq, len(seq.block_table)) for seq in self.running)
         if self.guaranteed and promised > self.allocator.num_free:
@@ -245,14 +225,14 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             seq = self.running[position]
-            if self.allocator.extend(seq.block_table, seq.num_tokens):
+            if not self._goes_on(seq) or self.allocator.extend(seq.block_table, seq.num_placed):
                 position += 1
             else:  # The last one: it has no part in this step yet, and may be this very sequence.
                 self._preempt(self.running.pop())
 
     def _preempt(self, seq: Sequence) -> None:
         self.allocator.free(seq.block_table)
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_offered_blocks = 0
         seq.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
@@ -263,6 +243,8 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return None
         seq = self.waiting[0]
+        if seq.num_pending:  # Just preempted: the host must know a token to have it computed again.
+            return None
         allocator = self.allocator
         # The newest token is always computed, as its logits are wanted: its block is not part of a hit.
         hit = allocator.match_prefix(self._hashes(seq)[: (seq.num_tokens - 1) // allocator.block_size])
@@ -273,6 +255,7 @@ class Scheduler:
         if table is None:
             return None
         seq.block_table = table
+        seq.num_offered_blocks = len(hit)
         seq.num_computed_tokens = len(hit) * allocator.block_size
         seq.status = SequenceStatus.RUNNING
         self.running.append(self.waiting.popleft())
@@ -282,17 +265,27 @@ class Scheduler:
             self._cached_tokens += seq.num_cached_tokens
         return seq
 
+    def _goes_on(self, seq: Sequence) -> bool:
+        """Whether a sequence needs another step, as far as is known: its very last token is never run."""
+        return seq.num_placed < seq.max_len
+
     def _chunk(self, seq: Sequence, budget: int) -> ScheduledSeq:
         """Plan as many of a sequence's tokens as the budget allows; register the blocks that they fill."""
-        start = seq.num_computed_tokens
-        end = min(seq.num_tokens, start + budget)
-        hashes, size = self._hashes(seq), self.allocator.block_size
-        registered = tuple(
-            seq.block_table[index]
-            for index in range(start // size, min(end // size, len(hashes)))
-            if self.allocator.register(seq.block_table[index], hashes[index])
-        )
-        return ScheduledSeq(seq, start, end - start, end == seq.num_tokens, registered)
+        start, size = seq.num_computed_tokens, self.allocator.block_size
+        end = min(seq.num_placed, start + budget)
+        samples = end == seq.num_placed
+        seq.num_computed_tokens = end
+        seq.num_pending += samples
+        self._register(seq)
+        return ScheduledSeq(seq, start, end - start, samples, tuple(seq.block_table[start // size : end // size]))
+
+    def _register(self, seq: Sequence) -> None:
+        """Offer those of a sequence's blocks to the prefix cache that are full, of known tokens, and computed."""
+        hashes = self._hashes(seq)
+        full = min(seq.num_computed_tokens // self.allocator.block_size, len(hashes))
+        for index in range(seq.num_offered_blocks, full):
+            self.allocator.register(seq.block_table[index], hashes[index])
+        seq.num_offered_blocks = max(full, seq.num_offered_blocks)
 
     def _validate(self, seq: Sequence) -> None:
         if seq.num_prompt_tokens > self.max_input_len:
@@ -326,6 +319,8 @@ class Scheduler:
         if reason is not None:
             self._finish(seq, reason)
             self._finished += 1
+        elif seq.num_pending:
+            self._register(seq)  # The next step is open already, and may fill a block whose last token this is.
         return SampledToken(seq, token_id, reason)
 
     def _abort(self, seqs: list[Sequence]) -> list[Sequence]:
@@ -343,11 +338,3 @@ class Scheduler:
     def _drop_finished(self) -> None:
         self.running = [seq for seq in self.running if seq.status is not SequenceStatus.FINISHED]
         self.waiting = deque(seq for seq in self.waiting if seq.status is not SequenceStatus.FINISHED)
-
-    def _expect_step(self, batch: ScheduledBatch) -> None:
-        if batch is not self._in_flight:
-            raise EngineError("this step is not the open one")
-
-    def _expect_no_step(self, action: str) -> None:
-        if self._in_flight is not None:
-            raise EngineError(f"cannot {action} while a step is open")

@@ -75,7 +75,10 @@ class Sequence:
         max_len: most tokens that prompt and answer may have together.
         stop_ids: ids which end the answer: those of the request, and the model's own unless they are ignored.
         block_table: the KV blocks of its tokens, in order. Empty unless it is running.
-        num_computed_tokens: how many of its first tokens have their keys and values in those blocks.
+        num_computed_tokens: how many of its first tokens have their keys and values in those blocks, or get them in a
+            step that is open.
+        num_pending: tokens that open steps choose for it. They are not in ``token_ids`` yet, but have their places.
+        num_offered_blocks: how many of its first blocks were offered to the prefix cache.
         num_cached_tokens: how many of those a prefix hit supplied when the sequence was first admitted.
         num_preemptions: how often it lost its blocks to another sequence.
         status: where it stands.
@@ -101,6 +104,8 @@ class Sequence:
     stop_ids: frozenset[int] = field(init=False)
     block_table: list[int] = field(init=False, default_factory=list)
     num_computed_tokens: int = field(init=False, default=0)
+    num_pending: int = field(init=False, default=0)
+    num_offered_blocks: int = field(init=False, default=0)
     num_cached_tokens: int = field(init=False, default=0)
     num_preemptions: int = field(init=False, default=0)
     status: SequenceStatus = field(init=False, default=SequenceStatus.WAITING)
@@ -141,6 +146,11 @@ class Sequence:
     def output_token_ids(self) -> list[int]:
         """The answer so far, as a new list."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_placed(self) -> int:
+        """Tokens that have a place: those known so far, and those that open steps choose."""
+        return len(self.token_ids) + self.num_pending
 
     def append(self, token_id: int) -> None:
         """Add a token to the answer."""

@@ -1,4 +1,4 @@
-"""What the runner keeps for a sequence, on the device, from its admission to its end."""
+"""What the runner keeps for a sequence from its admission to its end."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from foveate.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class SequenceState:
-    """Everything about a sequence that is a tensor.
+    """Everything about a sequence that only the runner knows.
 
     Attributes:
         seed: makes its random choices reproducible.
         embeddings: rows of all its pictures in order, [rows, hidden_size], or None.
         image_positions: the prompt position of each of those rows, ascending.
-        counts: how often each token was generated, [vocab_size]; only where a penalty needs it.
-        bias: (token ids, values to add to their logits), where the request has any.
-        ends: ids that may not be chosen before ``min_tokens``, where the request has a minimum.
         arrived: when it was queued (seconds, monotonic), like all times.
         read_seconds: how long reading its embeddings took.
         admitted: when its first step began, or None before that.
@@ -32,9 +29,6 @@ class SequenceState:
     seed: int
     embeddings: Tensor | None = None
     image_positions: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    counts: Tensor | None = None
-    bias: tuple[Tensor, Tensor] | None = None
-    ends: Tensor | None = None
     arrived: float = 0.0
     read_seconds: float = 0.0
     admitted: float | None = None

@@ -3,15 +3,22 @@
 The fake model writes a record for every token that a step runs into the slot that the block table names,
 then reads the whole context back through the table. A block that is shared wrongly, lost, reused too
 early or never written shows as a wrong context at once.
+
+Like a device it runs steps in the order in which they were launched, and knows the tokens that it chose before
+the scheduler does; unlike one it can put a step off until somebody asks for its results.
 """
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 from foveate.config import EngineSettings
 from foveate.engine.messages import SamplingParams
-from foveate.engine.scheduler import SampledToken, ScheduledBatch, Scheduler
+from foveate.engine.scheduler import Scheduler
 from foveate.engine.sequence import ImageSpan, Sequence, SequenceStatus
+from foveate.engine.step import SampledToken, ScheduledBatch
 
 UNK, EOS, VOCAB = 9, 0, 8
 MAX_SEQ_LEN = 40
@@ -32,13 +39,13 @@ def sequence(
     )
 
 
-def records(seq: Sequence) -> list[Record]:
+def records(tokens: list[int], images: list[ImageSpan]) -> list[Record]:
     """Return (token, position, picture's digest, row) for every token: all that keys and values depend on."""
-    result: list[Record] = [(token, position, 0, 0) for position, token in enumerate(seq.token_ids)]
-    for image in seq.images:
+    result: list[Record] = [(token, position, 0, 0) for position, token in enumerate(tokens)]
+    for image in images:
         positions = (start + offset for start, length in image.ranges for offset in range(length))
         for row, position in enumerate(positions):
-            result[position] = (seq.token_ids[position], position, int.from_bytes(image.digest), row)
+            result[position] = (tokens[position], position, int.from_bytes(image.digest), row)
     return result
 
 
@@ -49,7 +56,7 @@ def next_token(context: list[Record]) -> int:
 
 def answer_alone(seq: Sequence) -> tuple[list[int], str]:
     """Return the answer and its finish reason, without any scheduler, cache or neighbour."""
-    context = records(sequence("alone", seq.token_ids[: seq.num_prompt_tokens], seq.images))
+    context = records(seq.token_ids[: seq.num_prompt_tokens], seq.images)
     answer: list[int] = []
     ends = set(seq.sampling.stop_token_ids) | (set() if seq.sampling.ignore_eos else {EOS})
     while True:
@@ -63,47 +70,85 @@ def answer_alone(seq: Sequence) -> tuple[list[int], str]:
 
 
 @dataclass
+class Part:
+    """What a step needs of a sequence, as it is when the step is launched."""
+
+    seq: Sequence
+    start: int
+    end: int
+    samples: bool
+    block_table: list[int]
+    known: list[int]
+
+
+@dataclass
 class FakeModel:
-    """A KV cache of records, one a slot."""
+    """A KV cache of records, one a slot, and the newest token of every sequence."""
 
     block_size: int
     slots: dict[int, Record] = field(default_factory=dict)
+    newest: dict[Sequence, int] = field(default_factory=dict)
 
-    def slot(self, seq: Sequence, position: int) -> int:
-        return seq.block_table[position // self.block_size] * self.block_size + position % self.block_size
+    def launch(self, batch: ScheduledBatch) -> Callable[[], list[int]]:
+        """Return what runs the step, once, and tells the chosen tokens."""
+        parts = self.parts(batch)
+        return cache(lambda: self.run(parts))
 
-    def run(self, batch: ScheduledBatch) -> list[int]:
+    def parts(self, batch: ScheduledBatch) -> list[Part]:
+        return [
+            Part(
+                item.seq, item.start, item.start + item.num_tokens, item.samples, list(item.seq.block_table),
+                list(item.seq.token_ids),
+            )
+            for item in batch.items
+        ]  # fmt: skip
+
+    def slot(self, part: Part, position: int) -> int:
+        return part.block_table[position // self.block_size] * self.block_size + position % self.block_size
+
+    def run(self, parts: list[Part]) -> list[int]:
         written: set[int] = set()
-        for item in batch.items:
-            own = records(item.seq)
-            for position in range(item.start, item.start + item.num_tokens):
-                slot = self.slot(item.seq, position)
+        contents = []
+        for part in parts:
+            tokens = part.known if part.end <= len(part.known) else [*part.known, self.newest[part.seq]]
+            assert part.end <= len(tokens), "a step runs a token that nobody has chosen"
+            contents.append(records(tokens, part.seq.images)[: part.end])
+            for position in range(part.start, part.end):
+                slot = self.slot(part, position)
                 assert slot not in written, "two sequences write one slot"
                 written.add(slot)
-                self.slots[slot] = own[position]
+                self.slots[slot] = contents[-1][position]
         sampled = []
-        for item in batch.items:
-            end = item.start + item.num_tokens
-            context = [self.slots[self.slot(item.seq, position)] for position in range(end)]
-            assert context == records(item.seq)[:end], f"{item.seq} reads what is not its own"
-            if item.samples:
-                sampled.append(next_token(context))
+        for part, own in zip(parts, contents, strict=True):
+            context = [self.slots[self.slot(part, position)] for position in range(part.end)]
+            assert context == own, f"{part.seq} reads what is not its own"
+            if part.samples:
+                self.newest[part.seq] = next_token(context)
+                sampled.append(self.newest[part.seq])
         return sampled
 
-    def fail(self, batch: ScheduledBatch) -> None:
-        """Spoil what the step would have written, as a step that raised may have done."""
-        for item in batch.items:
-            for position in range(item.start, item.start + item.num_tokens):
-                self.slots[self.slot(item.seq, position)] = (-1, -1, -1, -1)
+    def fail(self, parts: list[Part]) -> None:
+        """Spoil what a step would have written, as a step that raised may have done."""
+        for part in parts:
+            for position in range(part.start, part.end):
+                self.slots[self.slot(part, position)] = (-1, -1, -1, -1)
+
+
+Fault = Literal["launch", "end"]
 
 
 class Engine:
-    """A scheduler with the fake model, watched: every promise of the scheduler is asserted at every step."""
+    """A scheduler with the fake model, watched: every promise of the scheduler is asserted at every step.
 
-    def __init__(self, *, num_blocks: int, **engine_settings: Any) -> None:
+    With ``late``, a step runs when its results are wanted, otherwise when it is launched.
+    """
+
+    def __init__(self, *, num_blocks: int, depth: int = 0, late: bool = False, **engine_settings: Any) -> None:
         self.settings = EngineSettings.model_validate({"block_size": 4, **engine_settings})
-        self.scheduler = Scheduler(self.settings, num_blocks=num_blocks, max_seq_len=MAX_SEQ_LEN)
+        self.scheduler = Scheduler(self.settings, num_blocks=num_blocks, max_seq_len=MAX_SEQ_LEN, depth=depth)
         self.model = FakeModel(self.settings.block_size)
+        self.late = late
+        self.open: deque[tuple[ScheduledBatch, list[Part], Callable[[], list[int]]]] = deque()
         self.added: list[Sequence] = []
         self.admitted: list[Sequence] = []
         self.sent: dict[Sequence, list[int]] = {}
@@ -114,25 +159,48 @@ class Engine:
         self.added += seqs
         self.sent.update({seq: [] for seq in seqs})
 
-    def step(self, *, fail: bool = False) -> ScheduledBatch | None:
+    def step(self, *, fault: Fault | None = None) -> ScheduledBatch | None:
+        """Launch a step and end the oldest if enough are open, as the engine's core does; return what was launched."""
         had_work = self.scheduler.has_work
         batch = self.scheduler.schedule()
-        assert (batch is not None) == had_work, "there is work, so there is a step"
-        if batch is None:
-            return None
-        self._watch(batch)
-        self.scheduler.check()
-        if fail:
-            self.model.fail(batch)
-            failed = self.scheduler.rollback(batch)
-            assert failed == [item.seq for item in batch.items]
-            self._end(failed)
-        else:
-            results = self.scheduler.update(batch, self.model.run(batch))
-            assert [result.seq for result in results] == [item.seq for item in batch.sampling]
-            self._collect(results)
+        assert (batch is not None or bool(self.open)) == had_work, "there is work, so there is a step"
+        if batch is not None:
+            self._watch(batch)
+            self.scheduler.check()
+            self.open.append((batch, self.model.parts(batch), self.model.launch(batch)))
+            if fault == "launch":
+                self._fail(len(self.open) - 1)
+                return batch
+            if not self.late:
+                self.open[-1][-1]()
+        if self.open and (batch is None or len(self.open) > self.scheduler.depth):
+            if fault == "end":
+                self._fail(0)
+            else:
+                self._end_step()
         self.scheduler.check()
         return batch
+
+    def _end_step(self) -> None:
+        batch, _, run = self.open.popleft()
+        expected = [item.seq for item in batch.sampling if item.seq not in self.ended]
+        results = self.scheduler.update(batch, run())
+        assert [result.seq for result in results] == expected
+        self._collect(results)
+
+    def _fail(self, first: int) -> None:
+        """Have an open step fail, and with it those behind it; those before it have run."""
+        for _, _, run in list(self.open)[:first]:
+            run()
+        failed = list(self.open)[first:]
+        for _, parts, _ in failed:
+            self.model.fail(parts)
+        ended = self.scheduler.rollback(failed[0][0])
+        seqs = {item.seq for batch, _, _ in failed for item in batch.items}
+        assert set(ended) == {seq for seq in seqs if seq not in self.ended}
+        self._end(ended)
+        self.open = deque(list(self.open)[:first])
+        self.scheduler.check()
 
     def abort(self, name: str, index: int | None = None) -> None:
         self._end(self.scheduler.abort(name, index))
@@ -145,7 +213,9 @@ class Engine:
             limit -= 1
             assert limit, "no progress"
             self.step()
+        assert not self.open
         for seq in self.added:
+            assert seq.num_pending == 0
             assert seq.status is SequenceStatus.FINISHED
             assert self.ended[seq] == seq.finish_reason
             assert self.sent[seq] == seq.output_token_ids
@@ -162,13 +232,17 @@ class Engine:
     def _watch(self, batch: ScheduledBatch) -> None:
         assert 0 < batch.num_tokens <= self.settings.max_num_tokens
         assert len(batch.items) <= self.settings.max_batch_size
-        assert [item.seq for item in batch.items] == self.scheduler.running
+        seqs = [item.seq for item in batch.items]
+        assert seqs == [seq for seq in self.scheduler.running if seq in seqs]
+        for seq in self.scheduler.running:
+            assert seq in seqs or (seq.num_pending and seq.num_placed == seq.max_len), "somebody is left out"
         preempted = set(self.scheduler.waiting) & set(self.admitted)
         assert all(seq.num_preemptions and not seq.block_table for seq in preempted)
         for item in batch.items:
             assert item.num_tokens >= 1
-            assert item.start == item.seq.num_computed_tokens
-            assert item.samples == (item.start + item.num_tokens == item.seq.num_tokens)
+            assert item.start + item.num_tokens == item.seq.num_computed_tokens
+            assert item.samples == (item.seq.num_computed_tokens == item.seq.num_placed - item.samples)
+            assert item.seq.num_pending <= 1 + self.scheduler.depth
             if item.seq not in self.admitted:
                 assert item.start == item.seq.num_cached_tokens < item.seq.num_prompt_tokens
                 self.admitted.append(item.seq)

@@ -30,11 +30,11 @@ def arena() -> LocalArena:
     return LocalArena("test")
 
 
-@pytest.fixture
-def core(model: MiniCPMV, arena: LocalArena) -> EngineCore:
+@pytest.fixture(params=[0, 1], ids=["synchronous", "overlapped"])
+def core(request: pytest.FixtureRequest, model: MiniCPMV, arena: LocalArena) -> EngineCore:
     settings = EngineSettings(max_seq_len=200, num_kv_blocks=64, max_queue_size=2)
     runner = ModelRunner(model.language, settings, 200)
-    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=200)
+    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=200, depth=request.param)
     sources = Sources(torch.device("cpu"), arena)
     return EngineCore(runner, scheduler, sources, eos_token_ids=frozenset({702}), max_seq_len=200)
 
@@ -135,7 +135,7 @@ def test_a_failing_step_ends_its_requests_and_no_others(core: EngineCore, monkey
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(core.runner, "_forward", explode)
+        patch.setattr(core.runner, "_run", explode)
         chunks, failures = finish(core)
     assert not chunks
     assert [(failure.request_id, failure.code, failure.status) for failure in failures] == [
@@ -146,6 +146,69 @@ def test_a_failing_step_ends_its_requests_and_no_others(core: EngineCore, monkey
     chunks, failures = finish(core)
     assert not failures
     assert sum(len(chunk.token_ids) for chunk in chunks) == 4
+
+
+def test_results_that_cannot_be_read_end_the_steps_behind_them(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core.handle(generate("first"))
+    first = core.step()
+    core.handle(generate("second"))
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, "collect", explode)
+        chunks, failures = finish(core)
+    assert not chunks
+    assert sorted(failure.request_id for failure in failures) == ["first", "second"]
+    assert len(first.chunks) == 1 - core.scheduler.depth
+    core.handle(generate("after"))
+    chunks, failures = finish(core)
+    assert not failures
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 4
+
+
+def test_a_lost_device_ends_the_process(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: object) -> None:
+        raise torch.AcceleratorError("gone")
+
+    core.handle(generate())
+    monkeypatch.setattr(core.runner, "launch", lose)
+    with pytest.raises(torch.AcceleratorError):
+        core.step()
+
+
+def test_logprobs_come_with_their_tokens(core: EngineCore) -> None:
+    core.handle(generate("with", logprobs=True, top_logprobs=2, max_tokens=6))
+    core.handle(generate("few", logprobs=True, max_tokens=6, prompt=[9, 8]))
+    first = core.step().chunks
+    core.handle(generate("without", max_tokens=6, prompt=[3, 4, 5, 6]))
+    chunks = first + finish(core)[0]
+    alone: dict[str, list[int]] = {}
+    for chunk in chunks:
+        [token] = chunk.token_ids
+        alone.setdefault(chunk.request_id, []).append(token)
+        if chunk.request_id == "without":
+            assert chunk.logprobs is None
+            continue
+        assert chunk.logprobs is not None
+        [logprob] = chunk.logprobs
+        assert logprob.token_id == token
+        assert logprob.logprob < 0
+        if chunk.request_id == "with":
+            assert [logprob.top[0]] == [(token, logprob.logprob)]  # Greedy: the token is the likeliest.
+            assert len(logprob.top) == 2
+        else:
+            assert logprob.top == []
+    assert {name: len(tokens) for name, tokens in alone.items()} == {"with": 6, "few": 6, "without": 6}
+
+
+def test_an_end_token_has_no_logprob(core: EngineCore) -> None:
+    core.handle(generate(ignore_eos=False, logit_bias={702: 100.0}, logprobs=True))
+    [chunk], _ = finish(core)
+    assert (chunk.finish_reason, chunk.logprobs) == ("stop", None)
 
 
 def test_seeds_of_n_sequences_differ(core: EngineCore) -> None:

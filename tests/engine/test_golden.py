@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 from golden_data import CASES, TINY, picture_names, pixels, tensors
+from replays import Repeater
 
 from foveate.checkpoint.load import load_model
 from foveate.config import EngineSettings
@@ -41,12 +44,17 @@ def embeddings(model: MiniCPMV) -> dict[str, list[torch.Tensor]]:
 class Engine:
     """An engine without its process: requests in, whole answers out."""
 
-    def __init__(self, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]], **settings: Any) -> None:
-        chosen = EngineSettings(**{"max_seq_len": 1024, "num_kv_blocks": 512} | settings)
+    def __init__(
+        self, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]], depth: int, graphs: bool, **settings: Any
+    ) -> None:
+        defaults = {"max_seq_len": 1024, "num_kv_blocks": 512, "cuda_graphs": graphs}
+        chosen = EngineSettings(**defaults | settings)
         assert chosen.max_seq_len is not None
         self.arena = LocalArena("test")
         runner = ModelRunner(model.language, chosen, chosen.max_seq_len)
-        scheduler = Scheduler(chosen, num_blocks=runner.num_blocks, max_seq_len=chosen.max_seq_len)
+        if graphs and runner.device.type == "cpu":
+            runner.use_graphs(Repeater())
+        scheduler = Scheduler(chosen, num_blocks=runner.num_blocks, max_seq_len=chosen.max_seq_len, depth=depth)
         self.core = EngineCore(
             runner,
             scheduler,
@@ -88,27 +96,36 @@ class Engine:
         return [[token for chunk in answer[0] for token in chunk.token_ids] for answer in self.answer(*requests)]
 
 
+Make = Callable[..., Engine]
+
+
+@pytest.fixture(params=[(0, False), (1, False), (1, True)], ids=["synchronous", "overlapped", "graphs"])
+def make(request: pytest.FixtureRequest, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> Make:
+    """Makes engines that take steps one by one, or a step ahead, or replay those that only decode."""
+    return partial(Engine, model, embeddings, *request.param)
+
+
 def golden_ids(case: str, kind: str) -> list[int]:
     golden = tensors(case)
     return golden.get(f"{kind}_fullmask", golden[kind]).tolist()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy(case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(model, embeddings)
+def test_greedy(case: str, make: Make) -> None:
+    engine = make()
     assert engine.tokens(engine.request(case)) == [golden_ids(case, "greedy_ids")]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_with_repetition_penalty(case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(model, embeddings)
+def test_greedy_with_repetition_penalty(case: str, make: Make) -> None:
+    engine = make()
     tokens = engine.tokens(engine.request(case, repetition_penalty=1.05))
     assert tokens == [golden_ids(case, "greedy_rp1.05_ids")]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ends_where_the_reference_ends(case: str, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(model, embeddings)
+def test_ends_where_the_reference_ends(case: str, make: Make) -> None:
+    engine = make()
     [[chunks]] = engine.answer(engine.request(case, ignore_eos=False))
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     reference = golden_ids(case, "generate_ids")
@@ -122,11 +139,9 @@ def test_ends_where_the_reference_ends(case: str, model: MiniCPMV, embeddings: d
 
 @pytest.mark.parametrize("max_num_tokens", [2048, 512, 100, 37, 8])
 @pytest.mark.parametrize("policy", ["guaranteed_no_evict", "max_utilization"])
-def test_answers_do_not_depend_on_company_or_chunks(
-    policy: str, max_num_tokens: int, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]
-) -> None:
+def test_answers_do_not_depend_on_company_or_chunks(policy: str, max_num_tokens: int, make: Make) -> None:
     # 70 blocks hold about two of these sequences: some wait, and under max_utilization some are preempted.
-    engine = Engine(model, embeddings, num_kv_blocks=70, max_num_tokens=max_num_tokens, scheduler_policy=policy)
+    engine = make(num_kv_blocks=70, max_num_tokens=max_num_tokens, scheduler_policy=policy)
     cases = [*CASES, "image1", "bang_text"]
     expected = [golden_ids(case, "greedy_ids") for case in cases]
     assert engine.tokens(*[engine.request(case) for case in cases]) == expected
@@ -134,14 +149,12 @@ def test_answers_do_not_depend_on_company_or_chunks(
     assert engine.tokens(*again) == expected[::-1]
 
 
-def test_preemption_happens_and_changes_nothing(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(
-        model, embeddings, num_kv_blocks=30, block_size=4, scheduler_policy="max_utilization", max_seq_len=112
-    )
+def test_preemption_happens_and_changes_nothing(make: Make) -> None:
+    engine = make(num_kv_blocks=30, block_size=4, scheduler_policy="max_utilization", max_seq_len=112)
     answers = engine.tokens(*[engine.request("bang_text") for _ in range(2)])
     assert answers == [golden_ids("bang_text", "greedy_ids")] * 2
-    engine = Engine(
-        model, embeddings, num_kv_blocks=34, block_size=4, scheduler_policy="max_utilization", max_seq_len=136,
+    engine = make(
+        num_kv_blocks=34, block_size=4, scheduler_policy="max_utilization", max_seq_len=136,
         enable_prefix_caching=False,
     )  # fmt: skip
     answers = engine.tokens(*[engine.request("bang_text") for _ in range(2)])
@@ -149,8 +162,8 @@ def test_preemption_happens_and_changes_nothing(model: MiniCPMV, embeddings: dic
     assert engine.core.scheduler.stats().preemptions > 0
 
 
-def test_prefix_hit_gives_the_same_answer(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(model, embeddings)
+def test_prefix_hit_gives_the_same_answer(make: Make) -> None:
+    engine = make()
     expected = golden_ids("two_images", "greedy_ids")
     assert engine.tokens(engine.request("two_images")) == [expected]
     [[chunks]] = engine.answer(engine.request("two_images"))
@@ -159,8 +172,8 @@ def test_prefix_hit_gives_the_same_answer(model: MiniCPMV, embeddings: dict[str,
     assert chunks[-1].num_cached_tokens == (prompt_length - 1) // 16 * 16
 
 
-def test_another_picture_is_no_hit(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(model, embeddings)
+def test_another_picture_is_no_hit(make: Make, embeddings: dict[str, list[torch.Tensor]]) -> None:
+    engine = make()
     engine.tokens(engine.request("image1"))
     # The same prompt and the same shape of embeddings: only the digest tells the two pictures apart.
     request = engine.request("image1")
@@ -176,9 +189,9 @@ def test_another_picture_is_no_hit(model: MiniCPMV, embeddings: dict[str, list[t
     assert [token for chunk in chunks for token in chunk.token_ids] != golden_ids("image1", "greedy_ids")
 
 
-def test_a_prompt_of_one_token_behind_a_long_one(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
+def test_a_prompt_of_one_token_behind_a_long_one(make: Make) -> None:
     # The runner puts it first, as a decode: its token must still come back as its own.
-    engine = Engine(model, embeddings)
+    engine = make()
 
     def short() -> Generate:
         return msgspec.structs.replace(engine.request("text_only"), prompt_token_ids=[5])
@@ -193,8 +206,8 @@ def test_a_prompt_of_one_token_behind_a_long_one(model: MiniCPMV, embeddings: di
     ]
 
 
-def test_n_sequences_share_their_prompt(model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]]) -> None:
-    engine = Engine(model, embeddings)
+def test_n_sequences_share_their_prompt(make: Make) -> None:
+    engine = make()
     [answers] = engine.answer(engine.request("image1", n=3))
     expected = golden_ids("image1", "greedy_ids")
     assert [[token for chunk in chunks for token in chunk.token_ids] for chunks in answers] == [expected] * 3

@@ -4,13 +4,13 @@ from random import Random
 from typing import Any
 
 import pytest
-from fake_engine import MAX_SEQ_LEN, UNK, Engine, sequence
+from fake_engine import MAX_SEQ_LEN, UNK, Engine, Fault, answer_alone, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from foveate.engine.scheduler import ScheduledBatch
-from foveate.engine.sequence import ImageSpan
+from foveate.engine.sequence import ImageSpan, SequenceStatus
+from foveate.engine.step import ScheduledBatch
 from foveate.errors import ContextLengthExceeded, EngineError, Overloaded
 
 POLICIES = ("guaranteed_no_evict", "max_utilization")
@@ -62,6 +62,8 @@ configurations = st.fixed_dictionaries(
         "max_queue_size": st.sampled_from([3, 100]),
         "scheduler_policy": st.sampled_from(POLICIES),
         "enable_prefix_caching": st.sampled_from([True, True, False]),
+        "depth": st.sampled_from([0, 1, 1]),
+        "late": st.booleans(),
     }
 )
 
@@ -100,9 +102,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject, index: int | None) -> None:
         self.engine.abort(f"r{data.draw(st.integers(1, self.number))}", index)
 
-    @rule()
-    def failing_step(self) -> None:
-        self.engine.step(fail=True)
+    @rule(fault=st.sampled_from(["launch", "end"]))
+    def failing_step(self, fault: Fault) -> None:
+        self.engine.step(fault=fault)
 
     @invariant()
     def consistent(self) -> None:
@@ -131,6 +133,8 @@ def test_crowded_engines_answer_everybody_as_if_alone(seed: int) -> None:
         max_num_tokens=random.choice([5, 6, 7, 11, 24]),
         scheduler_policy=random.choice(POLICIES),
         enable_prefix_caching=random.random() < 0.7,
+        depth=random.randint(0, 1),
+        late=random.random() < 0.5,
     )
     for number in range(random.randint(3, 9)):
         tokens = random.choice(PREFIXES) + random.choices([1, UNK], k=random.randint(0, 8))
@@ -348,7 +352,7 @@ def test_an_abort_between_chunks_leaves_whole_blocks_only() -> None:
 def test_a_failed_step_leaves_nothing_behind_but_the_queue() -> None:
     engine = Engine(num_blocks=30, max_batch_size=2)
     engine.add(*(sequence("r", TEXT, index=index) for index in range(3)))
-    engine.step(fail=True)
+    engine.step(fault="end")
     assert engine.scheduler.allocator.num_cached == 0
     assert [seq.index for seq in engine.scheduler.waiting] == [2]
     engine.finish()
@@ -359,7 +363,7 @@ def test_a_failed_step_keeps_what_earlier_steps_computed() -> None:
     engine = Engine(num_blocks=30, max_num_tokens=8, max_batch_size=2)
     engine.add(sequence("r", [*TEXT, 4, 5, 6]))
     engine.step()
-    engine.step(fail=True)
+    engine.step(fault="end")
     again = sequence("again", [*TEXT, 4, 5, 6])
     engine.add(again)
     engine.step()
@@ -367,18 +371,124 @@ def test_a_failed_step_keeps_what_earlier_steps_computed() -> None:
     engine.finish()
 
 
-def test_nothing_may_come_between_a_step_s_schedule_and_its_end() -> None:
+def test_steps_end_in_order_and_once() -> None:
     scheduler = Engine(num_blocks=30).scheduler
     scheduler.add(sequence("r", TEXT))
     batch = scheduler.schedule()
     assert batch is not None
-    with pytest.raises(EngineError, match="cannot abort while a step is open"):
-        scheduler.abort("r")
-    with pytest.raises(EngineError, match="cannot schedule another"):
+    with pytest.raises(EngineError, match="cannot schedule another step while 1 are open"):
         scheduler.schedule()
     with pytest.raises(EngineError, match="chose 2 tokens for 1 sequences"):
         scheduler.update(batch, [1, 2])
     assert [result.token_id for result in scheduler.update(batch, [5])] == [5]
-    for close in (lambda: scheduler.update(batch, [5]), lambda: scheduler.rollback(batch)):
-        with pytest.raises(EngineError, match="not the open one"):
-            close()
+    with pytest.raises(EngineError, match="not the oldest open one"):
+        scheduler.update(batch, [5])
+    with pytest.raises(EngineError, match="not open"):
+        scheduler.rollback(batch)
+
+
+# Overlapping steps.
+
+
+def overlapping(num_blocks: int = 30, **settings: Any) -> Engine:
+    return Engine(num_blocks=num_blocks, depth=1, late=True, **settings)
+
+
+def test_a_step_is_scheduled_before_the_one_before_has_ended() -> None:
+    engine = overlapping()
+    engine.add(sequence("r", TEXT, ignore_eos=True))
+    assert chunks(engine.step()) == [("r", 0, 10, True)]
+    [seq] = engine.scheduler.running
+    assert (seq.num_tokens, seq.num_placed) == (10, 11)
+    assert chunks(engine.step()) == [("r", 10, 1, True)]
+    assert (seq.num_tokens, seq.num_placed) == (11, 12)
+    engine.finish()
+
+
+def test_who_ends_by_length_has_no_part_in_another_step() -> None:
+    engine = overlapping()
+    engine.add(sequence("r", TEXT, max_tokens=3, ignore_eos=True))
+    assert [chunks(engine.step()) for _ in range(3)] == [
+        [("r", 0, 10, True)],
+        [("r", 10, 1, True)],
+        [("r", 11, 1, True)],
+    ]
+    assert engine.step() is None
+    engine.finish()
+    assert engine.scheduler.stats().steps == 3
+
+
+def test_a_token_behind_the_end_is_dropped() -> None:
+    engine = overlapping()
+    prompt = next(
+        [a, b, 5] for a in range(1, 8) for b in range(1, 8) if answer_alone(sequence("r", [a, b, 5])) == ([], "stop")
+    )
+    seq = sequence("r", prompt)
+    engine.add(seq)
+    engine.step()
+    assert chunks(engine.step()) == [("r", 3, 1, True)]
+    assert (seq.status, seq.num_pending, seq.block_table) == (SequenceStatus.FINISHED, 1, [])
+    again = sequence("again", prompt, ignore_eos=True)
+    engine.add(again)
+    engine.step()
+    assert seq.num_pending == 0
+    engine.finish()
+    assert engine.sent[seq] == []
+
+
+def test_an_abort_does_not_wait_for_open_steps() -> None:
+    engine = overlapping()
+    engine.add(sequence("r", TEXT, ignore_eos=True), sequence("other", TEXT[::-1], ignore_eos=True))
+    engine.step()
+    engine.abort("r")
+    assert engine.scheduler.stats().num_running == 1
+    engine.add(sequence("next", [6] * 9))
+    engine.finish()
+
+
+def test_a_preempted_sequence_keeps_the_token_that_was_on_its_way() -> None:
+    engine = overlapping(num_blocks=5, max_batch_size=2, scheduler_policy="max_utilization")
+    seqs = [sequence(name, [ord(name)] * 3, max_tokens=16, ignore_eos=True) for name in "ab"]
+    engine.add(*seqs)
+    while not seqs[1].num_preemptions:
+        known, pending = seqs[1].num_tokens, seqs[1].num_pending
+        engine.step()
+    assert pending == 1
+    assert (seqs[1].num_tokens, seqs[1].num_pending) == (known + 1, 0)
+    assert seqs[1] in engine.scheduler.waiting
+    engine.finish()
+
+
+def test_blocks_are_shared_once_their_last_token_is_known() -> None:
+    engine = overlapping()
+    # The last step fills the third block, before anybody knows the block's last token.
+    first = sequence("first", TEXT[:6], max_tokens=7, ignore_eos=True)
+    engine.add(first)
+    engine.finish()
+    following = sequence("next", [*first.token_ids, 5, 5, 5])
+    engine.add(following)
+    engine.step()
+    assert following.num_cached_tokens == 12
+    engine.finish()
+
+
+def test_a_failure_gives_up_the_steps_behind_it() -> None:
+    engine = overlapping(max_num_tokens=6, max_batch_size=3)
+    seqs = [sequence(name, [ord(name)] * 6, max_tokens=9, ignore_eos=True) for name in "ab"]
+    engine.add(*seqs)
+    engine.step()  # The prompt of a.
+    engine.step(fault="end")  # Behind it, b: it may have read what a's step was to write.
+    assert [seq.finish_reason for seq in seqs] == ["abort", "abort"]
+    assert engine.scheduler.allocator.num_cached == 0
+    engine.finish()
+
+
+def test_a_failure_spares_the_step_before_it() -> None:
+    engine = overlapping(max_num_tokens=6, max_batch_size=3)
+    seqs = [sequence("a", [1] * 6, max_tokens=1, ignore_eos=True), sequence("b", [2] * 6, ignore_eos=True)]
+    engine.add(*seqs)
+    engine.step()
+    engine.step(fault="launch")
+    engine.finish()
+    assert [seq.finish_reason for seq in seqs] == ["length", "abort"]
+    assert engine.sent[seqs[0]] == answer_alone(seqs[0])[0]

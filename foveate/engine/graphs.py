@@ -1,0 +1,208 @@
+"""CUDA graphs: a step that is launched as a whole, instead of some hundred kernels one by one.
+
+A graph reads a step's inputs from the same places every time, and everything else from tensors that stay where they
+are. So batches are filled up, to one of a few sizes, with what changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.engine.batch import Batch, fill_up, idle_decodes, no_chunks
+from foveate.engine.inputs import EmbeddingInputs, ForwardInputs
+from foveate.engine.rows import Rows
+from foveate.engine.sampling import SamplingInputs, Variant
+from foveate.engine.upload import Arrays, upload
+
+T = TypeVar("T")
+_ROW_BYTES, _TOKEN_BYTES, _BYTES = 256, 16, 4096
+"""More than a row's inputs take, a token's, and what lies between them."""
+MOST_TOKENS = 1024
+"""Of a step with chunks that is a graph, decodes included."""
+
+_GRAPH_BYTES = 8 * 2**20
+"""More than a graph of a large model takes of the device, beside the memory that all of them share."""
+
+
+class Recorder(Protocol):
+    """Makes something that runs again what has run once."""
+
+    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Return what repeats ``run``, and its result, which every repetition overwrites."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs. They share their memory, since they run one after another.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Capture what ``run`` launches; it must neither wait for the device nor ask it for anything."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            # Once outside: kernels are compiled and libraries get their work space at their first use.
+            run()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process (an encoder's) go on with what a capture forbids its own.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = run()
+        current.wait_stream(self._stream)
+        return graph.replay, result
+
+
+class Steps(Protocol):
+    """What can be recorded: it reads the inputs, and writes its results, where they are every time."""
+
+    def decode(
+        self, embedding: EmbeddingInputs, forward: ForwardInputs, sampling: SamplingInputs, variant: Variant
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits [sequences, vocab_size] and the chosen tokens [sequences] of a step that only decodes."""
+        ...
+
+    def forward(self, x: Tensor, inputs: ForwardInputs, longest_query: int) -> Tensor:
+        """Return the logits [samples, vocab_size] of a step with chunks, from its embeddings [tokens, hidden]."""
+        ...
+
+
+class StepGraphs:
+    """The graphs of one runner.
+
+    Steps that only decode are graphs from the newest tokens to the next ones, by size and way of sampling. Those with
+    chunks are graphs from the embeddings to the logits, by the number of tokens; with many tokens the device takes
+    longer than the host needs to launch, and they need none.
+
+    Args:
+        steps: what is recorded.
+        rows: of the runner.
+        x: [tokens, hidden], where the embeddings of a step with chunks go: those of the decodes, as many as there may
+            be, and then of the chunks.
+        recorder: makes the graphs.
+    """
+
+    def __init__(self, steps: Steps, rows: Rows, x: Tensor, recorder: Recorder) -> None:
+        self._steps, self._rows, self._x, self._recorder = steps, rows, x, recorder
+        self._most = rows.padding
+        self._decode_sizes = decode_sizes(self._most)
+        self._forward_sizes = forward_sizes(self._most, len(x))
+        size = _ROW_BYTES * self._most + _TOKEN_BYTES * len(x) + _BYTES
+        self._inputs = torch.zeros(size, dtype=torch.uint8, device=rows.device)
+        self._idle = cache(lambda size: idle_decodes(size, rows))
+        self._decodes: dict[tuple[int, Variant], tuple[Callable[[], None], tuple[Tensor, Tensor]]] = {}
+        self._forwards: dict[int, tuple[Callable[[], None], Tensor]] = {}
+
+    @torch.inference_mode()
+    def run_all(self, variants: Iterable[Variant]) -> None:
+        """Run every step once, as it is, with nothing in it."""
+        for size in self._forward_sizes:
+            self._forward_step(size)()
+        for variant in variants:
+            for size in self._decode_sizes:
+                self._decode_step(size, variant)()
+
+    def capture(self, variants: Iterable[Variant]) -> None:
+        """Capture what may be needed, the largest first: the others fit into its memory."""
+        for size in reversed(self._forward_sizes):
+            self._forward_graph(size)
+        for variant in variants:
+            for size in reversed(self._decode_sizes):
+                self._decode_graph(size, variant)
+
+    def decode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a step that only decodes.
+
+        Returns:
+            logits and chosen tokens, of more sequences than there are, until the next step
+        """
+        number = len(batch.samples)
+        size = next(size for size in self._decode_sizes if size >= number)
+        replay, results = self._decode_graph(size, batch.variant)
+        groups = [batch.embedding, batch.forward, batch.sampling]
+        if number < size:
+            filling = self._idle(size - number)
+            groups = [_joined(group, behind) for group, behind in zip(groups, filling, strict=True)]
+        upload(*groups, device=self._rows.device, into=self._inputs)
+        replay()
+        return results
+
+    def forward(self, batch: Batch, x: Tensor) -> Tensor | None:
+        """Run a step with chunks from its embeddings [tokens, hidden].
+
+        Returns:
+            logits, of more samples than there are, until the next step; None if there are too many tokens: nothing
+            has been done then
+        """
+        num_decodes = len(batch.forward["rows"])
+        end = self._most + len(x) - num_decodes
+        size = next((size for size in self._forward_sizes if size >= end), None)
+        if size is None:
+            return None
+        replay, logits = self._forward_graph(size)
+        self._x[:num_decodes] = x[:num_decodes]
+        self._x[self._most : end] = x[num_decodes:]
+        upload(fill_up(batch.forward, self._most, size, self._rows), device=self._rows.device, into=self._inputs)
+        replay()
+        return logits
+
+    @torch.inference_mode()
+    def _decode_graph(self, size: int, variant: Variant) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        found = self._decodes.get((size, variant))
+        if found is None:
+            found = self._decodes[size, variant] = self._recorder.record(self._decode_step(size, variant))
+        return found
+
+    @torch.inference_mode()
+    def _forward_graph(self, size: int) -> tuple[Callable[[], None], Tensor]:
+        found = self._forwards.get(size)
+        if found is None:
+            found = self._forwards[size] = self._recorder.record(self._forward_step(size))
+        return found
+
+    def _decode_step(self, size: int, variant: Variant) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Return what runs a step that only decodes, with inputs that make it do nothing for now."""
+        groups = upload(*self._idle(size), device=self._rows.device, into=self._inputs)
+        embedding, forward, sampling = (
+            kind(**group) for kind, group in zip((EmbeddingInputs, ForwardInputs, SamplingInputs), groups, strict=True)
+        )
+        return lambda: self._steps.decode(embedding, forward, sampling, variant)
+
+    def _forward_step(self, size: int) -> Callable[[], Tensor]:
+        """Return the same for a step with chunks."""
+        idle = fill_up(no_chunks(), self._most, size, self._rows)
+        [tensors] = upload(idle, device=self._rows.device, into=self._inputs)
+        inputs = ForwardInputs(**tensors)
+        return lambda: self._steps.forward(self._x[:size], inputs, size - self._most)
+
+
+def graphs_bytes(most: int, num_tokens: int) -> int:
+    """Return about what the graphs take of the device's memory, beside what their steps need."""
+    return (2 * len(decode_sizes(most)) + len(forward_sizes(most, num_tokens))) * _GRAPH_BYTES
+
+
+def decode_sizes(most: int) -> list[int]:
+    """Return the sizes of batches that only decode, ascending: 1, 2, 4, multiples of 8, and the largest."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+def forward_sizes(num_decodes: int, most: int) -> list[int]:
+    """Return the numbers of tokens of steps with chunks that are graphs, ascending, with room for a chunk's token."""
+    sizes = {*range(64, 512, 64), *range(512, MOST_TOKENS + 1, 128)}
+    return sorted(size for size in sizes | {min(most, MOST_TOKENS)} if num_decodes < size <= most)
+
+
+def _joined(arrays: Arrays, filling: Arrays) -> Arrays:
+    return {name: np.concatenate((array, filling[name])) for name, array in arrays.items()}
