@@ -22,7 +22,7 @@ serve: .venv/.installed  ## Start the server with the demo model (or ARGS="MODEL
 	@exec $(BIN)/foveate serve $(ARGS)
 
 bench: .venv/.installed  ## Start a server, measure it, stop it
-	@exec $(BIN)/foveate bench $(ARGS)
+	@exec $(BIN)/foveate bench serve $(ARGS)
 
 test: lint  ## Every check and every test
 	$(BIN)/python -m pytest $(ARGS)
