@@ -88,6 +88,9 @@ class EngineSettings(Section):
     """Longest prompt and answer together. Without one, what the model was trained for, at most 32768."""
     max_num_tokens: PositiveInt = 2048
     """Tokens in one step: longer prompts are prefilled in chunks."""
+    max_mixed_tokens: PositiveInt | None = None
+    """Tokens in a step where answers go on beside prompts, a full batch's included: fewer keep the answers' pace, more
+    begin new ones sooner. Without one, 256 on a GPU and max_num_tokens on a CPU."""
     kv_cache_free_mem_fraction: Fraction = 0.9
     """Share of the memory that is free after loading the model for keys and values (on a CPU: at most 4 GiB)."""
     num_kv_blocks: PositiveInt | None = None

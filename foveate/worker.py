@@ -35,6 +35,8 @@ from foveate.vision.process import make_server
 logger = logging.getLogger("foveate.worker")
 
 _LONGEST = 32768
+# Reading the weights takes as long as computing with about so many tokens.
+_GPU_MIXED_TOKENS = 256
 _SMALL_BYTES = 64 * 2**20
 _ENCODER_SECONDS = 300.0
 
@@ -54,6 +56,7 @@ def build(settings: Settings, local: LocalArena | None, instance: Path) -> Engin
     device = pick_device(settings.model.device)
     dtype = pick_dtype(settings.model.dtype, device)
     ops.choose(settings.model.kernels)
+    settings = _for_device(settings, device)
     facts = ModelFacts.from_folder(settings.model.model or "")
     max_seq_len = _max_seq_len(settings, facts)
     with ops.compiler(device) as compile_ahead:
@@ -79,6 +82,14 @@ def build(settings: Settings, local: LocalArena | None, instance: Path) -> Engin
         eos_token_ids=frozenset(facts.eos_token_ids),
         max_seq_len=runner.max_seq_len,
     )
+
+
+def _for_device(settings: Settings, device: torch.device) -> Settings:
+    """Fill in the engine's settings that depend on the device."""
+    if device.type == "cpu" or settings.engine.max_mixed_tokens is not None:
+        return settings
+    engine = settings.engine.model_copy(update={"max_mixed_tokens": _GPU_MIXED_TOKENS})
+    return settings.model_copy(update={"engine": engine})
 
 
 def _decode_threads(model: Qwen2) -> int:

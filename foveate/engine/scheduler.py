@@ -1,7 +1,9 @@
 """Decides, step by step, which tokens of which sequences the model runs.
 
 A step has one budget of tokens. Running sequences use it first, in the order of their admission, then new
-ones, first come first served; a prompt that does not fit into what is left is prefilled in chunks.
+ones, first come first served; a prompt that does not fit into what is left is prefilled in chunks. Where answers
+go on, the budget is smaller: a step with few tokens takes little longer than one that only decodes, since the
+weights have to be read anyway (the chunked prefill of Sarathi, Agrawal et al., 2023).
 
 Steps may overlap: with a ``depth`` of 1, the next step is scheduled while one is still *open*, that is, before
 anybody knows the tokens that it chooses. They have their places already (:attr:`Sequence.num_placed`), and the
@@ -64,6 +66,8 @@ class Scheduler:
         self.allocator = BlockAllocator(num_blocks, settings.block_size, enable_prefix_caching=caching)
         self.max_batch_size = settings.max_batch_size
         self.max_num_tokens = settings.max_num_tokens
+        mixed = settings.max_mixed_tokens
+        self.max_mixed_chunk = max(mixed - settings.max_batch_size, 1) if mixed else settings.max_num_tokens
         self.max_queue_size = settings.max_queue_size
         self.max_input_len = min(settings.max_input_len or max_seq_len, max_seq_len - 1)
         self.max_image_tokens = min(settings.max_image_tokens or self.max_input_len, self.max_input_len)
@@ -107,7 +111,7 @@ class Scheduler:
             raise EngineError(f"cannot schedule another step while {len(self._open)} are open")
         self._make_room()
         items: list[ScheduledSeq] = []
-        budget = self.max_num_tokens
+        budget = self._budget()
         for seq in self.running:
             if self._goes_on(seq):
                 items.append(self._chunk(seq, budget))
@@ -264,6 +268,11 @@ class Scheduler:
             self._prompt_tokens += seq.num_prompt_tokens
             self._cached_tokens += seq.num_cached_tokens
         return seq
+
+    def _budget(self) -> int:
+        """Return the tokens of the next step."""
+        decodes = sum(self._goes_on(seq) and seq.num_computed_tokens == seq.num_placed - 1 for seq in self.running)
+        return min(decodes + self.max_mixed_chunk, self.max_num_tokens) if decodes else self.max_num_tokens
 
     def _goes_on(self, seq: Sequence) -> bool:
         """Whether a sequence needs another step, as far as is known: its very last token is never run."""

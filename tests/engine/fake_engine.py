@@ -149,6 +149,7 @@ class Engine:
         self.model = FakeModel(self.settings.block_size)
         self.late = late
         self.open: deque[tuple[ScheduledBatch, list[Part], Callable[[], list[int]]]] = deque()
+        self.ran: set[Sequence] = set()
         self.added: list[Sequence] = []
         self.admitted: list[Sequence] = []
         self.sent: dict[Sequence, list[int]] = {}
@@ -164,8 +165,9 @@ class Engine:
         had_work = self.scheduler.has_work
         batch = self.scheduler.schedule()
         assert (batch is not None or bool(self.open)) == had_work, "there is work, so there is a step"
+        ran, self.ran = self.ran, {item.seq for item in batch.items if item.samples} if batch else set()
         if batch is not None:
-            self._watch(batch)
+            self._watch(batch, ran)
             self.scheduler.check()
             self.open.append((batch, self.model.parts(batch), self.model.launch(batch)))
             if fault == "launch":
@@ -229,9 +231,13 @@ class Engine:
         assert stats.cached_tokens == sum(seq.num_cached_tokens for seq in self.admitted)
         assert stats.generated_tokens == sum(len(tokens) for tokens in self.sent.values())
 
-    def _watch(self, batch: ScheduledBatch) -> None:
+    def _watch(self, batch: ScheduledBatch, ran: set[Sequence]) -> None:
         assert 0 < batch.num_tokens <= self.settings.max_num_tokens
         assert len(batch.items) <= self.settings.max_batch_size
+        most = self.settings.max_mixed_tokens
+        if most and any(item.seq in ran for item in batch.items):
+            of_prompts = sum(item.num_tokens for item in batch.items if item.num_tokens > 1)
+            assert of_prompts <= max(1, most - self.settings.max_batch_size)
         seqs = [item.seq for item in batch.items]
         assert seqs == [seq for seq in self.scheduler.running if seq in seqs]
         for seq in self.scheduler.running:

@@ -59,6 +59,7 @@ configurations = st.fixed_dictionaries(
         "block_size": st.sampled_from([1, 2, 4, 4]),
         "max_batch_size": st.integers(1, 5),
         "max_num_tokens": st.sampled_from([5, 6, 7, 11, 24]),
+        "max_mixed_tokens": st.sampled_from([None, None, 1, 6, 9]),
         "max_queue_size": st.sampled_from([3, 100]),
         "scheduler_policy": st.sampled_from(POLICIES),
         "enable_prefix_caching": st.sampled_from([True, True, False]),
@@ -131,6 +132,7 @@ def test_crowded_engines_answer_everybody_as_if_alone(seed: int) -> None:
         block_size=block_size,
         max_batch_size=random.randint(1, 5),
         max_num_tokens=random.choice([5, 6, 7, 11, 24]),
+        max_mixed_tokens=random.choice([None, 1, 6, 9]),
         scheduler_policy=random.choice(POLICIES),
         enable_prefix_caching=random.random() < 0.7,
         depth=random.randint(0, 1),
@@ -172,6 +174,26 @@ def test_decodes_come_first_and_prompts_are_cut_to_the_budget() -> None:
     assert chunks(engine.step()) == [("a", 2, 1, True), ("b", 0, 5, False)]
     assert chunks(engine.step()) == [("a", 3, 1, True), ("b", 5, 5, True)]
     assert chunks(engine.step())[-1] == ("c", 0, 1, True)
+    engine.finish()
+
+
+def test_where_answers_go_on_prompts_are_cut_smaller() -> None:
+    engine = Engine(num_blocks=30, max_num_tokens=12, max_mixed_tokens=6, max_batch_size=2)
+    engine.add(sequence("a", TEXT[:9], ignore_eos=True))
+    assert chunks(engine.step()) == [("a", 0, 9, True)]
+    engine.add(sequence("b", [7, *TEXT[:6]]))
+    assert chunks(engine.step()) == [("a", 9, 1, True), ("b", 0, 4, False)]
+    assert chunks(engine.step()) == [("a", 10, 1, True), ("b", 4, 3, True)]
+    engine.finish()
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_prompts_get_on_beside_a_full_batch(tokens: int) -> None:
+    engine = Engine(num_blocks=30, max_num_tokens=12, max_mixed_tokens=tokens, max_batch_size=4)
+    engine.add(*(sequence(name, [5], ignore_eos=True) for name in "abc"))
+    engine.step()
+    engine.add(sequence("d", [5, 6, 7]))
+    assert chunks(engine.step())[-1] == ("d", 0, 1, False)
     engine.finish()
 
 
