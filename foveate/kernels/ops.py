@@ -39,6 +39,8 @@ _TRITON = {
     "paged_decode_attention": "decode_attention",
     "fused_decode": "decode_attention",
     "paged_prefill_attention": "prefill_attention",
+    "linear": "linear",
+    "gate_up_silu": "linear",
     "int8_linear": "linear",
     "fp8_linear": "linear",
     "int4_linear": "linear",
@@ -146,6 +148,16 @@ def paged_prefill_attention(
     """See :func:`foveate.kernels.reference.paged_prefill_attention`."""
     attend = _pick("paged_prefill_attention", query)
     return attend(query, key_cache, value_cache, block_tables, query_offsets, key_lengths, longest_query)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """See :func:`foveate.kernels.reference.linear`."""
+    return _pick("linear", x)(x, weight, bias, residual)
+
+
+def gate_up_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`foveate.kernels.reference.gate_up_silu`."""
+    return _pick("gate_up_silu", x)(x, weight, bias)
 
 
 def int8_linear(

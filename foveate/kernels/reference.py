@@ -279,6 +279,27 @@ def greedy(scores: Tensor, rows: Tensor, tokens: Tensor, logits: Tensor) -> Tens
     return chosen
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """Multiply by a weight of plain floats.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of the type of ``x``.
+        bias: [out], or None.
+        residual: [..., out] to be added, or None.
+
+    Returns:
+        [..., out]
+    """
+    y = F.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def gate_up_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply as :func:`linear` by [2 * size, in], the gate's rows first, then combine both as :func:`silu_mul`."""
+    return silu_mul(linear(x, weight, bias))
+
+
 def int8_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:

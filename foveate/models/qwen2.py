@@ -53,6 +53,14 @@ class RMSNorm(nn.Module):
         return ops.add_rms_norm(delta, x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """PyTorch's layer, with the product that is the fastest for the device and the number of rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]"""
+        return ops.linear(x, self.weight, self.bias)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm grouped-query attention and a gated MLP."""
 
@@ -60,11 +68,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.qkv_proj = nn.Linear(hidden, (heads + 2 * config.num_key_value_heads) * head_dim)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.qkv_proj = Linear(hidden, (heads + 2 * config.num_key_value_heads) * head_dim)
+        self.o_proj = Linear(hidden, hidden, bias=False)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.gate_up_proj = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
+        self.gate_up_proj = Linear(hidden, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, hidden, bias=False)
 
     def forward(self, x: Tensor, delta: Tensor | None, layer: int, attend: AttendFused) -> tuple[Tensor, Tensor]:
         """Add what the layer before left, and return the stream and what this one adds; all [tokens, hidden]."""
@@ -88,6 +96,8 @@ def _gated(gate_up_proj: nn.Module, x: Tensor) -> Tensor:
         return ops.gate_up_silu_int8(x, gate_up_proj.qweight, gate_up_proj.scale, gate_up_proj.bias)
     if isinstance(gate_up_proj, Fp8Linear):
         return ops.gate_up_silu_fp8(x, gate_up_proj.qweight, gate_up_proj.scale, gate_up_proj.bias)
+    if isinstance(gate_up_proj, Linear):
+        return ops.gate_up_silu(x, gate_up_proj.weight, gate_up_proj.bias)
     return ops.silu_mul(gate_up_proj(x))
 
 
@@ -102,7 +112,7 @@ class Qwen2(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self) -> None:

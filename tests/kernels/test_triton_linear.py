@@ -42,8 +42,12 @@ SLABS = [Config("slab", block_n=20)]
 PACKERS = {"int8": Int8Linear, "fp8": Fp8Linear, "int4": Int4Linear}
 
 
-def packed(method: str, rows: int, columns: int, group_size: int = 32) -> dict[str, Tensor]:
+def packed(
+    method: str, rows: int, columns: int, group_size: int = 32, dtype: torch.dtype = BFLOAT16
+) -> dict[str, Tensor]:
     weight = torch.randn(rows, columns) * torch.rand(rows, 1) / columns**0.5
+    if method == "bf16":
+        return {"qweight": weight.to(dtype).to(DEVICE)}
     parts = PACKERS[method].pack(weight, Quantization(method=method, group_size=group_size))
     return {name: part.to(DEVICE) for name, part in parts.items()}
 
@@ -51,7 +55,7 @@ def packed(method: str, rows: int, columns: int, group_size: int = 32) -> dict[s
 def exact(
     method: str, x: Tensor, parts: dict[str, Tensor], bias: Tensor | None, residual: Tensor | None, fused: bool
 ) -> Tensor:
-    weight = PACKERS[method].unpack(parts, x.shape[-1]).double()
+    weight = (parts["qweight"] if method == "bf16" else PACKERS[method].unpack(parts, x.shape[-1])).double()
     y = F.linear(x.double(), weight, None if bias is None else bias.double())
     if fused:
         gate, up = y.chunk(2, dim=-1)
@@ -76,12 +80,13 @@ def check(
     fused: bool,
     group_size: int = 32,
 ) -> None:
-    parts = packed(method, out, columns, group_size)
+    parts = packed(method, out, columns, group_size, dtype)
     # Rows that are part of wider ones, as a view of a fused projection's result has them.
     x = torch.randn(rows, columns + 16, device=DEVICE).to(dtype)[:, :columns]
     bias = torch.randn(out, device=DEVICE).to(dtype)
     residual = None if fused else torch.randn(rows, out, device=DEVICE).to(dtype)
-    y = linear.run(config, x, parts["qweight"], parts["scale"], bias, residual, fused=fused, zero=parts.get("zero"))
+    scale, zero = parts.get("scale"), parts.get("zero")
+    y = linear.run(config, x, parts["qweight"], scale, bias, residual, fused=fused, zero=zero)
     assert y.dtype == dtype
     expected = exact(method, x, parts, bias, residual, fused)
     tolerance = (SLAB_TOLERANCE if config.kind == "slab" else TOLERANCE)[dtype]
@@ -89,7 +94,7 @@ def check(
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("method", ["int8", "fp8"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "bf16"])
 @pytest.mark.parametrize("config", [*TILES, *SLABS], ids=str)
 @pytest.mark.parametrize(("rows", "out", "columns"), [(5, 70, 200), (17, 48, 96)])
 def test_products_of_several_rows(config: Config, method: str, rows: int, out: int, columns: int, fused: bool) -> None:
@@ -97,7 +102,7 @@ def test_products_of_several_rows(config: Config, method: str, rows: int, out: i
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("method", ["int8", "fp8"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "bf16"])
 @pytest.mark.parametrize("config", GEMVS, ids=str)
 @pytest.mark.parametrize(("out", "columns"), [(70, 56), (48, 64)])
 def test_products_of_one_row(config: Config, method: str, out: int, columns: int, fused: bool) -> None:
@@ -108,6 +113,41 @@ def test_products_of_one_row(config: Config, method: str, out: int, columns: int
 @pytest.mark.parametrize("config", [TILES[0], TILES[1], GEMVS[1], SLABS[0]], ids=str)
 def test_other_types_of_activations(config: Config, dtype: torch.dtype) -> None:
     check(config, "int8", dtype, 1, 40, 200, False)
+
+
+@pytest.mark.parametrize("config", [TILES[0], TILES[1], GEMVS[1], Config("library")], ids=str)
+@pytest.mark.parametrize("fused", [False, True])
+def test_plain_weights_of_half_precision(config: Config, fused: bool) -> None:
+    check(config, "bf16", FLOAT16, 1, 40, 200, fused)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_plain_weights(rows: int) -> None:
+    parts = packed("bf16", 48, 200)
+    weight, bias = parts["qweight"], torch.randn(48, device=DEVICE).to(BFLOAT16)
+    x, residual = (torch.randn(2, rows, size, device=DEVICE).to(BFLOAT16) for size in (200, 48))
+    y = linear.linear(x, weight, bias, residual)
+    assert_near(y, exact("bf16", x, parts, bias, residual, False), TOLERANCE[BFLOAT16])
+    y = linear.gate_up_silu(x, weight, bias)
+    assert_near(y, exact("bf16", x, parts, bias, None, True), SLAB_TOLERANCE[BFLOAT16])
+
+
+@pytest.mark.parametrize("layout", ["columns", "every other", "float32"])
+def test_plain_weights_that_only_pytorch_takes(layout: str) -> None:
+    # A weight that is stored by columns must not be read as if it were by rows.
+    parts = packed("bf16", 48, 64, dtype=FLOAT32 if layout == "float32" else BFLOAT16)
+    if layout == "columns":
+        parts["qweight"] = parts["qweight"].t().contiguous().t()
+    elif layout == "every other":
+        parts["qweight"] = parts["qweight"][::2]
+    x = torch.randn(1, 64, device=DEVICE).to(parts["qweight"].dtype)
+    out = len(parts["qweight"])
+    for config in (TILES[0], GEMVS[1]):
+        y = linear.run(config, x, parts["qweight"], None)
+        assert_near(y, exact("bf16", x, parts, None, None, False), SLAB_TOLERANCE[x.dtype])
+    y = linear.gate_up_silu(x, parts["qweight"])
+    assert y.shape == (1, out // 2)
+    assert_near(y, exact("bf16", x, parts, None, None, True), SLAB_TOLERANCE[x.dtype])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -285,7 +325,7 @@ def test_products_of_eight_bit_floats_on_both_sides() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("method", ["int8", "fp8", "int4", "bf16"])
 def test_what_was_tuned_for_this_device_is_right(method: str) -> None:
     for what in products(language_config("minicpm-v-2_6"), method).values():
         if what.out_features > 100_000:  # The head's columns are many, and its tiles those of the others.

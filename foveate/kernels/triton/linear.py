@@ -1,4 +1,4 @@
-"""Quantized linear layers on a GPU: which kernel, with which grid.
+"""Linear layers on a GPU, quantized or not: which kernel, with which grid.
 
 Every function takes activations of any number of dimensions, and everything is safe to capture in a CUDA graph once
 it has run on the same thread before. What a split product needs is kept for each thread: threads that compute at the
@@ -16,6 +16,36 @@ from foveate.kernels.triton.linear_launch import Call
 from foveate.kernels.triton.tuning import Config
 
 _SLABS = Config("slab", block_n=4096)
+_LIBRARY = Config("library")
+# What is right for one type of 16 bits is right for the other.
+_PLAIN = {torch.bfloat16: "bf16", torch.float16: "bf16"}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    upcoming: Tensor | None = None,
+) -> Tensor:
+    """Multiply by a weight of plain floats; what is not 16 bits wide or not stored by rows is left to PyTorch.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of the type of ``x``.
+        bias: [out], or None.
+        residual: [..., out], to be added, or None.
+        upcoming: see :func:`int8_linear`.
+
+    Returns:
+        [..., out], of the type of ``x``
+    """
+    return _linear(_plain(x, weight), x, weight, None, None, bias, residual, upcoming)
+
+
+def gate_up_silu(x: Tensor, weight: Tensor, bias: Tensor | None = None, upcoming: Tensor | None = None) -> Tensor:
+    """Return silu(gate) * up, [..., size], of a fused projection; ``weight`` is [2 * size, in], gate first."""
+    return _linear(f"{_plain(x, weight)}_silu", x, weight, None, None, bias, None, upcoming)
 
 
 def int8_linear(
@@ -133,7 +163,7 @@ def run(
     config: Config,
     x: Tensor,
     qweight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
@@ -144,10 +174,11 @@ def run(
     """Multiply with a given variant; the arguments are those of the functions above.
 
     Args:
-        config: "gemv" is for one row; "scaled" is for float8_e4m3fn, where :func:`can_scale` says so.
+        config: "gemv" is for one row; "scaled" is for float8_e4m3fn, where :func:`can_scale` says so; "library" is for
+            plain floats, "slab" for all others.
         x: [..., in].
-        qweight: int8, float8_e4m3fn, or packed 4-bit integers.
-        scale: of its rows, or their groups.
+        qweight: int8, float8_e4m3fn, floats of the type of ``x``, or packed 4-bit integers.
+        scale: of its rows, or their groups; None if these are plain floats.
         bias: one for each of its rows, or None.
         residual: the shape of the result, or None; there is none if fused.
         fused: apply silu(gate) * up.
@@ -167,7 +198,7 @@ def run(
     if residual is not None:
         residual = residual.reshape(-1, columns).contiguous()
     call = Call(flat, qweight, scale, zero, bias, residual, fused, upcoming)
-    out = _launch(config if _can_run(config, call) else _SLABS, call)
+    out = _launch(config if _can_run(config, call) else _LIBRARY if scale is None else _SLABS, call)
     if fused and out.shape[1] != columns:
         out = silu_mul(out)
     return out.view(*x.shape[:-1], columns)
@@ -177,7 +208,7 @@ def _linear(
     kernel: str,
     x: Tensor,
     qweight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -191,6 +222,8 @@ def _linear(
 
 
 def _launch(config: Config, call: Call) -> Tensor:
+    if config.kind == "library":
+        return linear_launch.library(call)
     if config.kind == "slab":
         return linear_launch.slabs(config, call)
     if config.kind == "scaled":
@@ -200,11 +233,18 @@ def _launch(config: Config, call: Call) -> Tensor:
     return linear_launch.gemv(config, call) if config.kind == "gemv" else linear_launch.tiles(config, call)
 
 
+def _plain(x: Tensor, weight: Tensor) -> str:
+    """Name the kernel for a weight of plain floats: "other" if PyTorch alone takes it."""
+    return _PLAIN.get(x.dtype, "other") if x.dtype == weight.dtype and weight.is_contiguous() else "other"
+
+
 def _can_run(config: Config, call: Call) -> bool:
     if config.kind == "scaled":
         return can_scale(call.x, call.qweight)
+    if call.scale is None:
+        return config.kind != "slab" and _plain(call.x, call.qweight) != "other"
     if call.zero is None:
-        return True
+        return config.kind != "library"
     # A tile's columns are a power of two, and so must half a group be.
     half = call.qweight.shape[1] // call.scale.shape[1]
     return half & (half - 1) == 0

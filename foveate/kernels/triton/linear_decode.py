@@ -1,4 +1,4 @@
-"""The matrix product behind every quantized linear layer: weights of 8 bits, made bfloat16 in registers.
+"""The matrix product behind the linear layers: weights of 8 bits, made bfloat16 in registers, or plain floats.
 
 One kernel serves all row counts. It is laid out for the case that memory decides, a few rows:
 
@@ -21,6 +21,7 @@ import triton.language as tl
 from foveate.kernels.triton import pdl
 from foveate.kernels.triton.linear_parts import (
     finish_tile,
+    load_scales,
     prefetch_rows,
     prefetch_upcoming,
     tile_rows,
@@ -34,7 +35,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     x, qweight, scale, bias, residual, out, partials, counters, num_rows, num_columns, x_stride, piece,
     upcoming, upcoming_piece, upcoming_bytes, in_features: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, SPLIT: tl.constexpr, SUPER: tl.constexpr, SWAP: tl.constexpr,
-    FUSED: tl.constexpr, FP8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    FUSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
     ALIGNED: tl.constexpr, ASYNC: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -42,8 +43,9 @@ def linear_kernel(  # type: ignore[no-untyped-def]
 
     Args:
         x: [num_rows, in_features], with ``x_stride`` elements from row to row.
-        qweight: int8, or the bytes of float8_e4m3fn: [num_columns, in_features], or twice as many rows if fused.
-        scale: float32, one for each row of ``qweight``.
+        qweight: int8, the bytes of float8_e4m3fn, or floats of ``x``'s type: [num_columns, in_features], or twice as
+            many rows if fused.
+        scale: float32, one for each row of ``qweight``, unless that has floats of ``x``'s type.
         bias: one for each row of ``qweight``.
         residual: the shape of ``out``.
         out: [num_rows, num_columns].
@@ -65,7 +67,6 @@ def linear_kernel(  # type: ignore[no-untyped-def]
         SUPER: tiles along ``x`` that follow each other for the same weights, so that these stay in the L2 cache.
         SWAP: have the activations as the first operand.
         FUSED: see ``write_rows``; gate is the upper half of ``qweight``.
-        FP8: weights are floats.
         HAS_BIAS: whether there is one.
         HAS_RESIDUAL: whether there is one.
         EVEN_K: in_features is a multiple of SPLIT * GROUPS * BLOCK_K.
@@ -98,7 +99,8 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     weight_rows = tile_rows(index_n, tile_n, num_columns, BLOCK_N, FUSED)
     columns = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2) if FUSED else tile_n * BLOCK_N + index_n
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    scales = tl.load(scale + weight_rows)
+    PLAIN: tl.constexpr = qweight.dtype.element_ty.primitive_bitwidth > 8
+    scales = load_scales(scale, weight_rows, PLAIN)
     biases = scales
     if HAS_BIAS:
         biases = tl.load(bias + weight_rows).to(tl.float32)
@@ -132,12 +134,12 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             a = tl.load(inputs + k, mask=row_mask & inside[:, :, None], other=0.0)
         if not NATIVE:
             a = a.to(tl.float32)
-        wide = to_bf16(w, FP8, NATIVE).to(a.dtype)
+        wide = to_bf16(w, NATIVE).to(a.dtype)
         if SWAP:
             product = tl.dot(tl.trans(a), tl.trans(wide), product, input_precision="ieee")
         else:
             product = tl.dot(wide, a, product, input_precision="ieee")
-        wait_for_products(ASYNC)
+        wait_for_products(ASYNC and not PLAIN)
     if PDL:
         programs = tl.num_programs(0) * SPLIT
         program = tl.program_id(0) + split_id * tl.num_programs(0)

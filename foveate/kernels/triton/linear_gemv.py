@@ -1,6 +1,6 @@
 """The matrix product for one row of activations, on the general cores: nothing is padded to a tensor-core tile.
 
-A thread holds runs of 16 weights of some output rows, its block's threads split the columns, and everything is added
+A thread holds runs of 16 bytes of some output rows, its block's threads split the columns, and everything is added
 in float32 in an order that is fixed. The first tile of weights is on its way before the kernel before has ended.
 """
 
@@ -12,22 +12,23 @@ import triton.language as tl
 from foveate.kernels.triton import pdl
 from foveate.kernels.triton.linear_parts import (
     fp8_to_bf16,
+    load_scales,
     prefetch_rows,
     prefetch_upcoming,
     tile_rows,
     write_rows,
 )
 
-RUN: tl.constexpr = tl.constexpr(16)
-"""Weights that a thread loads at once."""
+RUN_BITS: tl.constexpr = tl.constexpr(128)
+"""Weights that a thread loads at once: 16 of a byte, 8 of two."""
 
 
 @triton.jit
-def to_float32(w, FP8: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def to_float32(w, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Convert a tile of weights; see :func:`foveate.kernels.triton.linear_parts.to_bf16`."""
-    if FP8:
+    if w.dtype == tl.uint8:
         wide = fp8_to_bf16(w, NATIVE).to(tl.float32)
-    elif NATIVE:
+    elif w.dtype == tl.int8 and NATIVE:
         # A byte behind 0x4b0000 is 2^23 + the byte. The hardware's own conversion is four times as slow as memory.
         wide = tl.inline_asm_elementwise(
             """
@@ -77,9 +78,10 @@ def load_inputs(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def multiply(w, a, FP8: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def multiply(w, a, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Multiply weights [BLOCK_N, BLOCK_K] by their inputs, and add what each thread has of a row in one run."""
-    products = to_float32(w, FP8, NATIVE) * a.to(tl.float32)
+    RUN: tl.constexpr = RUN_BITS // w.dtype.primitive_bitwidth
+    products = to_float32(w, NATIVE) * a.to(tl.float32)
     return tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // RUN, RUN)), 2)
 
 
@@ -87,15 +89,16 @@ def multiply(w, a, FP8: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-
 def gemv_kernel(  # type: ignore[no-untyped-def]
     x, qweight, scale, bias, residual, out, num_columns, piece, upcoming, upcoming_piece, upcoming_bytes,
     in_features: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
-    DIRECT: tl.constexpr, FUSED: tl.constexpr, FP8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    DIRECT: tl.constexpr, FUSED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     EVEN_K: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute some elements of ``x @ (qweight * scale).T``, with what follows as in ``write_rows``.
 
     Args:
         x: [in_features].
-        qweight: int8, or the bytes of float8_e4m3fn: [num_columns, in_features], or twice as many rows if fused.
-        scale: float32, one for each row of ``qweight``.
+        qweight: int8, the bytes of float8_e4m3fn, or floats of ``x``'s type: [num_columns, in_features], or twice as
+            many rows if fused.
+        scale: float32, one for each row of ``qweight``, unless that has floats of ``x``'s type.
         bias: one for each row of ``qweight``.
         residual: [num_columns].
         out: [num_columns].
@@ -110,7 +113,6 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
         UNROLL: steps whose loads may come before what is computed in the first of them, if STAGES is 1.
         DIRECT: each thread loads the inputs that it needs, instead of exchanging them with others.
         FUSED: apply silu(gate) * up; gate is the upper half of ``qweight``.
-        FP8: weights are floats.
         HAS_BIAS: whether there is one.
         HAS_RESIDUAL: whether there is one.
         EVEN_K: in_features is a multiple of BLOCK_K.
@@ -129,7 +131,8 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
     columns = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2) if FUSED else block * BLOCK_N + index_n
     index = tl.arange(0, BLOCK_K)
     weights = qweight + weight_rows[:, None] * in_features + index[None, :]
-    scales = tl.load(scale + weight_rows)
+    PLAIN: tl.constexpr = qweight.dtype.element_ty.primitive_bitwidth > 8
+    scales = load_scales(scale, weight_rows, PLAIN)
     biases = scales
     if HAS_BIAS:
         biases = tl.load(bias + weight_rows).to(tl.float32)
@@ -137,18 +140,18 @@ def gemv_kernel(  # type: ignore[no-untyped-def]
     if STAGES == 1:
         w = load_tile(weights, index, 0, in_features, EVEN_K)
         pdl.wait(PDL)
-        sums = multiply(w, load_inputs(x, index, 0, in_features, BLOCK_N, DIRECT, EVEN_K), FP8, NATIVE)
+        sums = multiply(w, load_inputs(x, index, 0, in_features, BLOCK_N, DIRECT, EVEN_K), NATIVE)
         for step in tl.range(1, STEPS, loop_unroll_factor=UNROLL):
             k = step * BLOCK_K
             w = load_tile(weights, index, k, in_features, EVEN_K)
-            sums += multiply(w, load_inputs(x, index, k, in_features, BLOCK_N, DIRECT, EVEN_K), FP8, NATIVE)
+            sums += multiply(w, load_inputs(x, index, k, in_features, BLOCK_N, DIRECT, EVEN_K), NATIVE)
     else:
         pdl.wait(PDL)
-        sums = tl.zeros((BLOCK_N, BLOCK_K // RUN), tl.float32)
+        sums = tl.zeros((BLOCK_N, BLOCK_K * qweight.dtype.element_ty.primitive_bitwidth // RUN_BITS), tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             k = step * BLOCK_K
             w = load_tile(weights, index, k, in_features, EVEN_K)
-            sums += multiply(w, load_inputs(x, index, k, in_features, BLOCK_N, DIRECT, EVEN_K), FP8, NATIVE)
+            sums += multiply(w, load_inputs(x, index, k, in_features, BLOCK_N, DIRECT, EVEN_K), NATIVE)
     if PDL:
         prefetch_upcoming(upcoming, block, tl.num_programs(0), upcoming_piece, upcoming_bytes, THREADS)
     product = tl.sum(sums, 1)[:, None]

@@ -1,4 +1,4 @@
-"""Launches the kernels of the quantized products: grids, workspaces, and what goes where."""
+"""Launches the kernels of the products: grids, workspaces, and what goes where."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -28,8 +29,8 @@ class Call:
 
     Attributes:
         x: [rows, in], each row contiguous.
-        qweight: int8 or float8_e4m3fn [out, in], or packed 4-bit integers.
-        scale: of its rows, or their groups.
+        qweight: int8, float8_e4m3fn or the type of ``x`` [out, in], or packed 4-bit integers.
+        scale: of its rows, or their groups; None if the weight is of the type of ``x``.
         zero: the zero points of 4-bit integers, or None.
         bias: [out], or None.
         residual: the shape of the result, or None.
@@ -39,7 +40,7 @@ class Call:
 
     x: Tensor
     qweight: Tensor
-    scale: Tensor
+    scale: Tensor | None
     zero: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
@@ -51,6 +52,11 @@ class Call:
         """Return the columns of the result."""
         return self.qweight.shape[0] // 2 if self.fused else self.qweight.shape[0]
 
+    @property
+    def scales(self) -> Tensor:
+        """Return the scales, or any tensor: a kernel's argument must be something, though it is not read."""
+        return self.qweight if self.scale is None else self.scale
+
 
 def gemv(config: Config, call: Call) -> Tensor:
     """Multiply one row; see ``linear_gemv``."""
@@ -59,9 +65,9 @@ def gemv(config: Config, call: Call) -> Tensor:
     out = x.new_empty(1, columns)
     programs = triton.cdiv(call.qweight.shape[0], config.block_n)
     gemv_kernel[(programs,)](
-        x, _bytes(call.qweight), call.scale, *_added(call, out), out, columns, _piece(config, call),
+        x, _bytes(call.qweight), call.scales, *_added(call, out), out, columns, _piece(config, call),
         *_upcoming(config, call, programs), x.shape[1], BLOCK_N=config.block_n, BLOCK_K=block_k, UNROLL=config.groups,
-        DIRECT=config.direct, EVEN_K=x.shape[1] % block_k == 0, FP8=_is_fp8(call.qweight), **_common(config, call),
+        DIRECT=config.direct, EVEN_K=x.shape[1] % block_k == 0, **_common(config, call),
     )  # fmt: skip
     return out
 
@@ -74,19 +80,20 @@ def tiles(config: Config, call: Call) -> Tensor:
     count = triton.cdiv(call.qweight.shape[0], block_n) * triton.cdiv(rows, block_m)
     split = config.split if count <= _COUNTERS else 1
     linear_kernel[(count, split)](
-        call.x, _bytes(call.qweight), call.scale, *_added(call, out), out,
-        *_workspace(count * block_m * block_n, split, call.scale), rows, columns, call.x.stride(0),
+        call.x, _bytes(call.qweight), call.scales, *_added(call, out), out,
+        *_workspace(count * block_m * block_n, split, call.scales), rows, columns, call.x.stride(0),
         _piece(config, call), *_upcoming(config, call, count * split), in_features, BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_K=config.block_k, GROUPS=config.groups, SPLIT=split, SUPER=config.supers, SWAP=config.swap,
         EVEN_K=in_features % (config.block_k * config.groups * split) == 0,
         ALIGNED=block_m > DECODE_ROWS and columns % 16 == 0, ASYNC=_is_async(call.x, config),
-        FP8=_is_fp8(call.qweight), **_common(config, call),
+        **_common(config, call),
     )  # fmt: skip
     return out
 
 
 def int4_tiles(config: Config, call: Call) -> Tensor:
     """Multiply by 4-bit integers; see ``linear_int4``."""
+    assert call.scale is not None
     (rows, in_features), columns, groups = call.x.shape, call.columns, call.scale.shape[1]
     block_m, block_n, split = config.block_m, config.block_n, config.split
     out = call.x.new_empty(rows, columns)
@@ -103,6 +110,7 @@ def int4_tiles(config: Config, call: Call) -> Tensor:
 
 def slabs(config: Config, call: Call) -> Tensor:
     """Unpack some rows of the weight at a time, and leave the product to PyTorch; there is no silu in it."""
+    assert call.scale is not None
     out_features, in_features = call.qweight.shape[0], call.x.shape[1]
     out = call.x.new_empty(call.x.shape[0], out_features)
     slab = call.x.new_empty(min(config.block_n, out_features), in_features)
@@ -122,11 +130,18 @@ def slabs(config: Config, call: Call) -> Tensor:
 
 def scaled(call: Call) -> Tensor:
     """Round the activations to 8-bit floats as well, for PyTorch's product of these; there is no silu in it."""
+    assert call.scale is not None
     rounded, scale = quantize_rows(call.x)
     out: Tensor = torch._scaled_mm(
         rounded, call.qweight.t(), scale_a=scale[:, None], scale_b=call.scale[None, :], bias=call.bias,
         out_dtype=call.x.dtype, use_fast_accum=True,
     )  # fmt: skip
+    return out if call.residual is None else out.add_(call.residual)
+
+
+def library(call: Call) -> Tensor:
+    """Leave a product with plain floats to PyTorch; there is no silu in it."""
+    out = F.linear(call.x, call.qweight, call.bias)
     return out if call.residual is None else out.add_(call.residual)
 
 
@@ -171,22 +186,17 @@ def _major(device: int) -> int:
 
 
 def _added(call: Call, out: Tensor) -> tuple[Tensor, Tensor]:
-    # What is not there is not read, but a kernel's argument must be something.
-    return call.scale if call.bias is None else call.bias, out if call.residual is None else call.residual
+    return call.scales if call.bias is None else call.bias, out if call.residual is None else call.residual
 
 
 def _bytes(qweight: Tensor) -> Tensor:
     # Devices before 8.9 have no such floats; the kernels read their bits.
-    return qweight.view(torch.uint8) if _is_fp8(qweight) else qweight
-
-
-def _is_fp8(qweight: Tensor) -> bool:
-    return qweight.dtype == torch.float8_e4m3fn
+    return qweight.view(torch.uint8) if qweight.dtype == torch.float8_e4m3fn else qweight
 
 
 def _piece(config: Config, call: Call) -> int:
     """Return how many bytes of a row each thread of a block fetches early, 0 where that is of no use."""
-    threads, row_bytes = 32 * config.warps, call.qweight.shape[1]
+    threads, row_bytes = 32 * config.warps, call.qweight.shape[1] * call.qweight.element_size()
     if not config.prefetch or not pdl.launch_options(call.x)["PDL"] or config.block_n > threads or row_bytes % 16:
         return 0
     return min(config.prefetch, row_bytes // config.split) // (threads // config.block_n) // 16 * 16

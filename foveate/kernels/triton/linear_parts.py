@@ -70,9 +70,30 @@ def fp8_to_bf16(w, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def to_bf16(w, FP8: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Convert a tile of weights; what all their types have in common is that a product's sum is scaled afterwards."""
-    return fp8_to_bf16(w, NATIVE) if FP8 else int8_to_bf16(w, NATIVE)
+def to_bf16(w, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Convert a tile of weights by its type: 8-bit integers, bytes of 8-bit floats, or plain floats, which stay.
+
+    A product's sum is scaled afterwards. The interpreter makes all of them float32.
+    """
+    if w.dtype == tl.int8:
+        wide = int8_to_bf16(w, NATIVE)
+    elif w.dtype == tl.uint8:
+        wide = fp8_to_bf16(w, NATIVE)
+    elif NATIVE:
+        wide = w
+    else:
+        wide = w.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def load_scales(scale, weight_rows, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load what the sums of some of the weight's rows are multiplied by: float32, and 1 if weights are plain floats."""
+    if PLAIN:
+        scales = tl.full(weight_rows.shape, 1.0, tl.float32)
+    else:
+        scales = tl.load(scale + weight_rows)
+    return scales
 
 
 @triton.jit
@@ -110,30 +131,32 @@ def tile_rows(index, tile, num_columns, BLOCK_N: tl.constexpr, FUSED: tl.constex
 
 @triton.jit
 def prefetch_rows(  # type: ignore[no-untyped-def]
-    qweight, tile, first, piece, num_columns, row_bytes: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr,
+    qweight, tile, first, piece, num_columns, in_features: tl.constexpr, BLOCK_N: tl.constexpr, FUSED: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
     """Bring some bytes of each of a tile's rows into the L2 cache, a piece by each thread.
 
     Args:
-        qweight: the weight's bytes.
+        qweight: the weight.
         tile: number of the tile.
-        first: the first byte of each row to fetch.
+        first: the first element of each row to fetch.
         piece: bytes for each thread, a multiple of 16; 0 for none.
         num_columns: columns of the result.
-        row_bytes: bytes of a row.
+        in_features: elements of a row.
         BLOCK_N: rows of a tile.
         FUSED: gate is the upper half of the weight.
         THREADS: threads of a block, a multiple of BLOCK_N.
     """
     if piece > 0:
         PIECES: tl.constexpr = THREADS // BLOCK_N
+        SIZE: tl.constexpr = qweight.dtype.element_ty.primitive_bitwidth // 8
         thread = tl.arange(0, THREADS)
-        start = tl.minimum(first + thread % PIECES * piece, row_bytes - piece)
-        pieces = qweight + tile_rows(thread // PIECES, tile, num_columns, BLOCK_N, FUSED) * row_bytes + start
+        start = tl.minimum(first * SIZE + thread % PIECES * piece, in_features * SIZE - piece)
+        rows = tile_rows(thread // PIECES, tile, num_columns, BLOCK_N, FUSED) * (in_features * SIZE)
+        pieces = qweight.to(tl.int64, bitcast=True) + rows + start
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
-            "=r,l,r", [pieces.to(tl.int64), tl.zeros((THREADS,), tl.int32) + piece],
+            "=r,l,r", [pieces, tl.zeros((THREADS,), tl.int32) + piece],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 

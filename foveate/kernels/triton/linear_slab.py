@@ -14,14 +14,14 @@ _BLOCK = 2048
 
 @triton.jit
 def unpack_kernel(  # type: ignore[no-untyped-def]
-    qweight, scale, out, in_features, FP8: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr
+    qweight, scale, out, in_features, NATIVE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write ``BLOCK`` scaled weights of one row."""
     row = tl.program_id(1).to(tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < in_features
     w = tl.load(qweight + row * in_features + index, mask=mask, other=0, eviction_policy="evict_first")
-    value = to_bf16(w, FP8, NATIVE).to(tl.float32) * tl.load(scale + row)
+    value = to_bf16(w, NATIVE).to(tl.float32) * tl.load(scale + row)
     tl.store(out + row * in_features + index, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -45,7 +45,7 @@ def unpack_rows(qweight: Tensor, scale: Tensor, out: Tensor) -> None:
     fp8 = qweight.dtype == torch.float8_e4m3fn
     data = qweight.view(torch.uint8) if fp8 else qweight
     unpack_kernel[(triton.cdiv(in_features, _BLOCK), rows)](
-        data, scale, out, in_features, FP8=fp8, NATIVE=out.is_cuda, BLOCK=_BLOCK, num_warps=4
+        data, scale, out, in_features, NATIVE=out.is_cuda, BLOCK=_BLOCK, num_warps=4
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["gemv", "tile", "slab", "scaled"]
+Kind = Literal["gemv", "tile", "slab", "scaled", "library"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096)
 """Rows are looked up under the next of these, or the last one."""
@@ -39,7 +39,7 @@ class Config:
     Attributes:
         kind: "gemv" (one row, on the general cores), "tile" (a product whose weights become bfloat16 in registers),
             "slab" (some rows of the weight at a time are unpacked into memory that is used again, for the library's
-            product), "scaled" (8-bit floats on both sides).
+            product), "scaled" (8-bit floats on both sides), "library" (PyTorch's own, which is cuBLAS, for plain floats).
         block_m: rows of the activations of a tile.
         block_n: rows of the weight of a tile, or of a slab.
         block_k: columns of a step, of each group.
@@ -162,6 +162,8 @@ def default(kernel: str, out_features: int, rows: int) -> Config:
     """Guess for what was not measured: it fits everywhere, and is not far from the best on Hopper."""
     if kernel.startswith("int4"):
         return _default_int4(rows)
+    if not kernel.startswith(("int8", "fp8")):
+        return _default_plain(kernel, rows)
     if rows == 1:
         return Config("gemv", 1, 4, 1024, stages=1)
     if rows <= 16:
@@ -171,6 +173,15 @@ def default(kernel: str, out_features: int, rows: int) -> Config:
     if rows <= 256:
         return Config("tile", 128, 64, 64, stages=4)
     return Config("slab", block_n=4096)
+
+
+def _default_plain(kernel: str, rows: int) -> Config:
+    """Return what is safe for weights of 16 bits: cuBLAS is never far from the best but for the fewest rows."""
+    if rows > 8 or kernel.startswith("other"):
+        return Config("library")
+    if rows == 1:
+        return Config("gemv", 1, 4, 512, stages=1)
+    return Config("tile", 8, 16, 128, groups=4, stages=3)
 
 
 def _default_int4(rows: int) -> Config:

@@ -30,7 +30,7 @@ _ERROR, _ROUNDED_ERROR = 6e-3, 0.06
 
 @dataclass(frozen=True)
 class Product:
-    """A product of activations with a quantized weight.
+    """A product of activations with a weight, quantized or not.
 
     Attributes:
         kernel: its name in the tables.
@@ -49,7 +49,7 @@ class Product:
 
     @property
     def method(self) -> str:
-        """Return how the weight is quantized."""
+        """Return how the weight is quantized, or "bf16"."""
         return self.kernel.removesuffix("_silu")
 
     @property
@@ -62,6 +62,8 @@ class Product:
         """Return the bytes of the weight and its scales."""
         if self.method == "int4":
             return self.out_features * (self.in_features // 2 + 3 * -(-self.in_features // GROUP_SIZE))
+        if self.method == "bf16":
+            return self.out_features * self.in_features * 2
         return self.out_features * (self.in_features + 4)
 
     def weight(self) -> tuple[Tensor, ...]:
@@ -75,6 +77,8 @@ class Product:
             packed = torch.randint(256, (out, groups * GROUP_SIZE // 2), dtype=torch.uint8, device="cuda")
             scale = torch.full((out, groups), 1 / (4.6 * columns**0.5), dtype=torch.float16, device="cuda")
             return packed, scale, torch.full((out, groups), 8, dtype=torch.uint8, device="cuda")
+        if self.method == "bf16":
+            return (torch.randn(out, columns, device="cuda").div_(columns**0.5).to(torch.bfloat16),)
         values = torch.randint(-127, 128, (out, columns), dtype=torch.int8, device="cuda")
         scale = torch.full((out,), 1 / (73.6 * columns**0.5), device="cuda")
         return (values if self.method == "int8" else values.to(torch.float8_e4m3fn)), scale
@@ -88,19 +92,19 @@ class Product:
         upcoming: Tensor | None = None,
     ) -> Tensor:
         """Multiply [rows, in] by a weight, with a given variant or the one that the tables choose."""
-        qweight, scale, *zero = weight
+        qweight, scale, zero = (*weight, None, None)[:3]
         if config is None:
             config = tuning.choose(self.kernel, self.out_features, self.in_features, x.shape[0], x.get_device())
-        zeros = zero[0] if zero else None
-        return linear.run(config, x, qweight, scale, None, residual, fused=self.fused, zero=zeros, upcoming=upcoming)
+        return linear.run(config, x, qweight, scale, None, residual, fused=self.fused, zero=zero, upcoming=upcoming)
 
     def exactly(self, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
         """Multiply [rows, in] by a weight in float32, without these kernels."""
-        qweight, scale, *zero = weight
         if self.method == "int4":
-            y = reference.int4_linear(x.float(), qweight, scale, zero[0], None)
+            y = reference.int4_linear(x.float(), *weight, None)
+        elif self.method == "bf16":
+            y = x.float() @ weight[0].float().T
         else:
-            y = reference.int8_linear(x.float(), qweight, scale, None)
+            y = reference.int8_linear(x.float(), *weight, None)
         return reference.silu_mul(y) if self.fused else y
 
     def __str__(self) -> str:
