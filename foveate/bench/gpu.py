@@ -7,7 +7,7 @@ from pathlib import Path
 
 from foveate.errors import ConfigError
 
-_METHODS = ("int8", "fp8", "int4")
+_METHODS = ("int8", "fp8", "int4", "bf16")
 
 
 def kernels(
@@ -23,7 +23,7 @@ def kernels(
 
     Args:
         config: A preset, or a folder with a config.json, whose sizes are measured.
-        quantization: Weights of this type (int8, fp8 or int4).
+        quantization: Weights of this type (int8, fp8, int4 or bf16).
         rows: Tokens of a decode step, one number after another.
         prefill: Tokens of a prompt, likewise.
         context: Keys that each token of a decode step attends to.
@@ -51,7 +51,7 @@ def tune(
 
     Args:
         config: A preset, or a folder with a config.json, whose sizes are tuned.
-        quantization: Types of weights (int8, fp8, int4), separated by commas.
+        quantization: Types of weights (int8, fp8, int4, bf16), separated by commas.
         rows: Numbers of rows, of those under which variants are stored; all of them without it.
         out: The file to write; by default the one that servers on this GPU read.
     """

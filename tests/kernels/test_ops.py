@@ -155,6 +155,25 @@ def test_add_rms_norm_is_its_parts(device: str) -> None:
     torch.testing.assert_close(normed, F.rms_norm(x + residual, (64,), weight, 1e-6))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_linear(by_columns: bool, dtype: torch.dtype, device: str) -> None:
+    x, weight, bias, residual = (
+        torch.randn(shape, device=device).to(dtype) for shape in ((2, 3, 64), (48, 64), (48,), (2, 3, 48))
+    )
+    if by_columns:
+        weight = weight.t().contiguous().t()
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    atol = 1e-4 if dtype == torch.float32 else 2**-8 * expected.abs().max().item() * 4
+    torch.testing.assert_close(ops.linear(x, weight, bias).double(), expected, atol=atol, rtol=0)
+    added = ops.linear(x, weight, bias, residual).double()
+    torch.testing.assert_close(added, expected + residual.double(), atol=atol, rtol=0)
+    gate, up = expected.chunk(2, dim=-1)
+    gated = ops.gate_up_silu(x, weight, bias).double()
+    torch.testing.assert_close(gated, F.silu(gate) * up, atol=4 * atol, rtol=2**-6)
+
+
 def integers(values: object, device: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 

@@ -10,12 +10,13 @@ from kernels.interpreted import MARKS
 
 from foveate.kernels.triton import tuning
 from foveate.kernels.triton.tuning import Config
-from foveate.kernels.triton.tuning_search import Product, candidates, refinements
+from foveate.kernels.triton.tuning_candidates import candidates, refinements
+from foveate.kernels.triton.tuning_search import Product
 
 pytestmark = MARKS
 
 
-METHODS = ("int8", "int8_silu", "fp8", "fp8_silu", "int4", "int4_silu")
+METHODS = ("int8", "int8_silu", "fp8", "fp8_silu", "int4", "int4_silu", "bf16", "bf16_silu")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,9 @@ def test_candidates_fit_their_rows(kernel: str, rows: int) -> None:
         # More rows than a tile's would read the weights more than once, which is for prefills.
         assert config.kind != "tile" or rows > tuning.DECODE_ROWS or config.block_m >= rows
         assert config.kind != "scaled" or kernel.startswith("fp8")
+        assert config.kind != "slab" or not kernel.startswith("bf16")
+    # cuBLAS is always asked, and what is faster is used.
+    assert (Config("library") in found) == kernel.startswith("bf16")
 
 
 @pytest.mark.parametrize("kernel", METHODS)
@@ -89,9 +93,9 @@ def test_candidates_fit_their_rows(kernel: str, rows: int) -> None:
 def test_defaults_fit_small_devices(kernel: str, rows: int) -> None:
     config = tuning.default(kernel, 3584, rows)
     if config.kind == "tile":
-        # Weights of one byte, or two of 4 bits in one, of groups of 128 columns; activations of two bytes.
+        # Weights of one byte or two, or two of 4 bits in one, of groups of 128 columns; activations of two bytes.
         columns = config.groups * (128 if kernel.startswith("int4") else config.block_k)
-        weight = config.block_n * columns // (2 if kernel.startswith("int4") else 1)
+        weight = config.block_n * columns * {"int4": 1, "bf16": 4}.get(kernel[:4], 2) // 2
         assert config.stages * (weight + 2 * columns * config.block_m) <= 99 * 1024
 
 
@@ -107,5 +111,6 @@ def test_shipped_tables_can_be_read() -> None:
 
 def test_bytes_of_a_weight() -> None:
     assert Product("int8", 10, 256).weight_bytes == 10 * (256 + 4)
+    assert Product("bf16", 10, 256).weight_bytes == 10 * 512
     assert Product("int4_silu", 10, 256).weight_bytes == 10 * (128 + 2 * 3)
     assert Product("int8_silu", 10, 256).columns == 5

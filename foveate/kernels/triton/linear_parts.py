@@ -89,11 +89,7 @@ def to_bf16(w, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def load_scales(scale, weight_rows, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load what the sums of some of the weight's rows are multiplied by: float32, and 1 if weights are plain floats."""
-    if PLAIN:
-        scales = tl.full(weight_rows.shape, 1.0, tl.float32)
-    else:
-        scales = tl.load(scale + weight_rows)
-    return scales
+    return tl.full(weight_rows.shape, 1.0, tl.float32) if PLAIN else tl.load(scale + weight_rows)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ class Config:
     Attributes:
         kind: "gemv" (one row, on the general cores), "tile" (a product whose weights become bfloat16 in registers),
             "slab" (some rows of the weight at a time are unpacked into memory that is used again, for the library's
-            product), "scaled" (8-bit floats on both sides), "library" (PyTorch's own, which is cuBLAS, for plain floats).
+            product), "scaled" (8-bit floats on both sides), "library" (plain floats: PyTorch's own, which is cuBLAS).
         block_m: rows of the activations of a tile.
         block_n: rows of the weight of a tile, or of a slab.
         block_k: columns of a step, of each group.

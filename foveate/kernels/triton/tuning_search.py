@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise, product
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from foveate.kernels import reference
 from foveate.kernels.triton import linear, tuning
 from foveate.kernels.triton.tuning import DECODE_ROWS, Config
+from foveate.kernels.triton.tuning_candidates import candidates, refinements
 
 GROUP_SIZE = 128
 """Of weights of 4-bit integers, as they are measured."""
@@ -92,7 +93,8 @@ class Product:
         upcoming: Tensor | None = None,
     ) -> Tensor:
         """Multiply [rows, in] by a weight, with a given variant or the one that the tables choose."""
-        qweight, scale, zero = (*weight, None, None)[:3]
+        qweight, *rest = weight
+        scale, zero = [*rest, None, None][:2]
         if config is None:
             config = tuning.choose(self.kernel, self.out_features, self.in_features, x.shape[0], x.get_device())
         return linear.run(config, x, qweight, scale, None, residual, fused=self.fused, zero=zero, upcoming=upcoming)
@@ -100,102 +102,17 @@ class Product:
     def exactly(self, x: Tensor, weight: tuple[Tensor, ...]) -> Tensor:
         """Multiply [rows, in] by a weight in float32, without these kernels."""
         if self.method == "int4":
-            y = reference.int4_linear(x.float(), *weight, None)
+            qweight, scale, zero = weight
+            y = reference.int4_linear(x.float(), qweight, scale, zero, None)
         elif self.method == "bf16":
             y = x.float() @ weight[0].float().T
         else:
-            y = reference.int8_linear(x.float(), *weight, None)
+            qweight, scale = weight
+            y = reference.int8_linear(x.float(), qweight, scale, None)
         return reference.silu_mul(y) if self.fused else y
 
     def __str__(self) -> str:
         return f"{self.kernel} {tuning.shape_key(self.out_features, self.in_features)}"
-
-
-def candidates(kernel: str, in_features: int, rows: int) -> list[Config]:
-    """Return the variants to measure for a number of rows."""
-    if kernel.startswith("int4"):
-        return list(_int4_candidates(rows))
-    if rows > DECODE_ROWS:
-        return list(_prefill_candidates(kernel))
-    found = list(_tile_candidates(max(rows, 8)))
-    if rows > 1:
-        return found
-    # Gate and up are two rows.
-    gemvs = [config for config in _gemv_candidates(in_features) if config.block_n > kernel.endswith("_silu")]
-    return [*gemvs, *found]
-
-
-def _gemv_candidates(in_features: int) -> Iterator[Config]:
-    for block_n, warps, block_k, direct in (
-        (2, 4, 4096, False), (4, 4, 4096, False), (4, 8, 4096, False), (8, 8, 4096, False), (2, 4, 2048, False),
-        (4, 4, 2048, False), (8, 8, 2048, False), (2, 4, 4096, True), (4, 4, 4096, True), (4, 8, 4096, True),
-        (2, 4, 2048, True), (4, 4, 2048, True), (8, 8, 2048, True),
-    ):  # fmt: skip
-        yield Config("gemv", 1, block_n, block_k, 1, stages=1, warps=warps, direct=direct)
-    for block_n, warps, block_k, unroll in (
-        (4, 4, 512, 2), (4, 4, 512, 4), (4, 4, 512, 8), (8, 4, 512, 2), (8, 4, 512, 4), (4, 4, 1024, 2),
-        (4, 4, 1024, 4), (8, 8, 512, 4), (8, 8, 1024, 2), (8, 4, 1024, 2), (2, 2, 512, 4), (2, 2, 1024, 4),
-        (1, 4, 2048, 4),
-    ):  # fmt: skip
-        yield Config("gemv", 1, block_n, block_k, unroll, stages=1, warps=warps, direct=True)
-    for block_n, warps, block_k, stages in (
-        (4, 4, 512, 1), (4, 4, 1024, 1), (16, 4, 512, 1), (8, 4, 512, 4), (16, 8, 512, 4), (4, 4, 2048, 3),
-    ):  # fmt: skip
-        yield Config("gemv", 1, block_n, block_k, 1, stages=stages, warps=warps)
-
-
-_SHARED_BYTES = 227 * 1024
-"""Of a multiprocessor of an H100; smaller ones leave out what does not fit."""
-
-
-def _tile_candidates(block_m: int) -> Iterator[Config]:
-    shapes = ((128, 4, 4, 1), (256, 4, 4, 1), (64, 4, 4, 1), (128, 8, 8, 1), (256, 2, 2, 1), (128, 4, 4, 2))
-    for block_n, (block_k, groups, warps, split), stages in product((16, 32, 64), shapes, (2, 3, 4)):
-        stage = block_k * groups * (block_n + 2 * block_m)
-        # What a multiprocessor has on its way; with less, the memory would wait.
-        on_its_way = _SHARED_BYTES // (stage * stages) * stage * (stages - 1)
-        sums = block_m * block_n * groups // (32 * warps)
-        if on_its_way >= 2**16 and sums <= 64:
-            yield Config("tile", block_m, block_n, block_k, groups, split, stages, warps)
-    for block_n, block_k, warps, stages, split in (
-        (64, 128, 4, 4, 1), (64, 128, 4, 4, 2), (64, 128, 4, 4, 4), (64, 128, 4, 6, 7), (128, 128, 8, 4, 1),
-        (128, 128, 8, 4, 2), (64, 256, 4, 3, 1), (64, 256, 4, 3, 2), (32, 128, 2, 6, 4), (64, 128, 4, 3, 3),
-    ):  # fmt: skip
-        yield Config("tile", block_m, block_n, block_k, 1, split, stages, warps)
-
-
-def _prefill_candidates(kernel: str) -> Iterator[Config]:
-    for block_m, block_n, block_k, warps, stages, split in (
-        (128, 64, 64, 4, 4, 1), (128, 128, 64, 8, 3, 1), (128, 128, 64, 4, 4, 1), (128, 128, 128, 8, 3, 1),
-        (256, 128, 64, 8, 3, 1), (256, 128, 64, 8, 4, 1), (256, 64, 64, 4, 4, 1), (128, 128, 64, 8, 4, 2),
-        (128, 128, 64, 8, 4, 4), (256, 128, 64, 8, 4, 2), (256, 128, 64, 8, 4, 4), (256, 64, 64, 4, 4, 2),
-        (128, 64, 64, 4, 4, 2), (128, 64, 64, 4, 4, 4), (256, 128, 32, 8, 5, 1), (256, 128, 128, 8, 2, 1),
-    ):  # fmt: skip
-        yield Config("tile", block_m, block_n, block_k, 1, split, stages, warps)
-    for rows in (2048, 4096, 8192, 16384):
-        yield Config("slab", block_n=rows)
-    if kernel.startswith("fp8"):
-        yield Config("scaled")
-
-
-def _int4_candidates(rows: int) -> Iterator[Config]:
-    if rows > DECODE_ROWS:
-        for slab in (2048, 4096, 8192, 16384):
-            yield Config("slab", block_n=slab)
-        return
-    block_m = max(rows, 8)
-    for block_n, groups, warps, stages, split in (
-        (16, 4, 4, 4, 1), (32, 4, 4, 4, 1), (32, 4, 4, 3, 1), (16, 8, 8, 3, 1), (32, 8, 8, 3, 1), (64, 4, 4, 3, 1),
-        (32, 4, 4, 2, 1), (32, 4, 4, 3, 2), (64, 4, 8, 2, 1), (16, 4, 4, 2, 1),
-    ):  # fmt: skip
-        yield Config("tile", block_m, block_n, 0, groups, split, stages, warps)
-
-
-def refinements(config: Config) -> list[Config]:
-    """Return the variants of a good one that differ in what it loads before its turn."""
-    if config.kind in ("slab", "scaled") or config.block_m > DECODE_ROWS:
-        return []
-    return [replace(config, prefetch=size) for size in (1024, 4096) if config.kind == "tile"]
 
 
 def time_graph(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
@@ -293,7 +210,7 @@ def compile_all(products: Sequence[Product], rows: Sequence[int], workers: int |
         (what.kernel, what.in_features, config): (what, config, size)
         for what, size in product(products, rows)
         for config in candidates(what.kernel, what.in_features, size)
-        if config.kind not in ("slab", "scaled")
+        if config.kind in ("gemv", "tile")
     }
     listed = list(jobs.values())
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
