@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foveate.config import Kernels
 from foveate.kernels import reference
+from foveate.kernels.kv_cache import KeyOffset
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rotary_write(
-    qkv: Tensor, cos_sin: Tensor, positions: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor, heads: int
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    heads: int,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """See :func:`foveate.kernels.reference.rotary_write`."""
-    return _pick("rotary_write", qkv)(qkv, cos_sin, positions, slots, key_cache, value_cache, heads)
+    return _pick("rotary_write", qkv)(qkv, cos_sin, positions, slots, key_cache, value_cache, heads, offset)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -114,10 +122,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def paged_decode_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lengths: Tensor
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """See :func:`foveate.kernels.reference.paged_decode_attention`."""
-    return _pick("paged_decode_attention", query)(query, key_cache, value_cache, block_tables, lengths)
+    return _pick("paged_decode_attention", query)(query, key_cache, value_cache, block_tables, lengths, offset)
 
 
 def fused_decode(
@@ -130,10 +143,11 @@ def fused_decode(
     block_tables: Tensor,
     lengths: Tensor,
     heads: int,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """See :func:`foveate.kernels.reference.fused_decode`."""
     decode = _pick("fused_decode", qkv)
-    return decode(qkv, cos_sin, positions, slots, key_cache, value_cache, block_tables, lengths, heads)
+    return decode(qkv, cos_sin, positions, slots, key_cache, value_cache, block_tables, lengths, heads, offset)
 
 
 def paged_prefill_attention(
@@ -144,10 +158,11 @@ def paged_prefill_attention(
     query_offsets: Tensor,
     key_lengths: Tensor,
     longest_query: int,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """See :func:`foveate.kernels.reference.paged_prefill_attention`."""
     attend = _pick("paged_prefill_attention", query)
-    return attend(query, key_cache, value_cache, block_tables, query_offsets, key_lengths, longest_query)
+    return attend(query, key_cache, value_cache, block_tables, query_offsets, key_lengths, longest_query, offset)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from foveate.kernels.kv_cache import FP8, KeyOffset, raw
 from foveate.kernels.triton import pdl
 from foveate.kernels.triton.decode_attention_kernel import decode_kernel
 from foveate.kernels.triton.rope import cache_stride
@@ -26,16 +27,22 @@ _LOG2_E = 1.4426950408889634
 
 
 def paged_decode_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_tables: Tensor, lengths: Tensor
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """One new token of each sequence attends to all its cached keys, its own among them.
 
     Args:
         query: [batch, heads, head_dim].
-        key_cache: [blocks, block_size, kv_heads, head_dim].
-        value_cache: the shape of ``key_cache``.
+        key_cache: [blocks, block_size, kv_heads, head_dim], of the type of what attends or float8_e4m3fn.
+        value_cache: the shape and type of ``key_cache``.
         block_tables: int32 [batch, longest], the sequences' blocks; beyond a sequence's end, anything.
         lengths: int32 [batch], keys of each sequence; 0: its output is zeros.
+        offset: what was left out of the keys, or None.
 
     Returns:
         [batch, heads, head_dim]
@@ -44,7 +51,7 @@ def paged_decode_attention(
         RuntimeError: the first call on a device is being captured into a graph.
     """
     query = query.contiguous()
-    return _launch(query, query.shape[1], None, key_cache, value_cache, block_tables, lengths)
+    return _launch(query, query.shape[1], None, key_cache, value_cache, block_tables, lengths, offset)
 
 
 def fused_decode(
@@ -57,6 +64,7 @@ def fused_decode(
     block_tables: Tensor,
     lengths: Tensor,
     heads: int,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """Rotate, write to the cache and attend: ``rotary_write`` and :func:`paged_decode_attention` in one launch.
 
@@ -69,11 +77,12 @@ def fused_decode(
         cos_sin: float32 [max_positions, head_dim], the cosines in its first half, the sines in its second.
         positions: int64 [batch].
         slots: int64 [batch], where the new key and value go; -1: nowhere.
-        key_cache: [blocks, block_size, kv_heads, head_dim].
-        value_cache: the shape of ``key_cache``.
+        key_cache: [blocks, block_size, kv_heads, head_dim], of the type of what attends or float8_e4m3fn.
+        value_cache: the shape and type of ``key_cache``.
         block_tables: int32 [batch, longest], the sequences' blocks; beyond a sequence's end, anything.
         lengths: int32 [batch], keys of each sequence with the new one; 0: its output is zeros.
         heads: query heads.
+        offset: what is left out of the stored keys, or None.
 
     Returns:
         [batch, heads, head_dim]
@@ -81,7 +90,7 @@ def fused_decode(
     Raises:
         RuntimeError: the first call on a device is being captured into a graph.
     """
-    return _launch(qkv, heads, (cos_sin, positions, slots), key_cache, value_cache, block_tables, lengths)
+    return _launch(qkv, heads, (cos_sin, positions, slots), key_cache, value_cache, block_tables, lengths, offset)
 
 
 class Split(NamedTuple):
@@ -117,6 +126,7 @@ def _launch(
     value_cache: Tensor,
     block_tables: Tensor,
     lengths: Tensor,
+    offset: KeyOffset | None,
 ) -> Tensor:
     block_size, kv_heads, head_dim = key_cache.shape[1:]
     batch, longest = block_tables.shape
@@ -131,15 +141,16 @@ def _launch(
     partials = source.new_empty((groups, split.limit, queries, width), dtype=torch.float32)
     weights = source.new_empty((groups, split.limit, queries, 4), dtype=torch.float32)
     cos_sin, positions, slots = rotation or (None, None, None)
+    bias, angles = offset or (None, None)
     decode_kernel[(groups, split.limit)](
-        source, cos_sin, positions, slots, key_cache, value_cache, block_tables, lengths,
-        output, partials, weights, _counters(source.device),
+        source, cos_sin, positions, slots, raw(key_cache), raw(value_cache), block_tables, lengths,
+        bias, angles, output, partials, weights, _counters(source.device),
         source.stride(0), cache_stride(key_cache), block_tables.stride(0),
         split.wanted, split.least, split.most, split.limit, head_dim**-0.5 * _LOG2_E,
         KV_HEADS=kv_heads, QUERIES=queries, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE=tile,
         LINES=triton.next_power_of_2(queries), ROWS=max(triton.next_power_of_2(queries + 1), 16),
         WIDTH=width, HALF=max(width // 2, 16), CHUNK=_CHUNK,
-        EXACT=source.dtype == torch.float32, WIDE=not source.is_cuda, num_warps=warps, num_stages=stages,
+        FP8=key_cache.dtype == FP8, EXACT=source.dtype == torch.float32, WIDE=not source.is_cuda, num_warps=warps, num_stages=stages,
         **pdl.launch_options(source),
     )  # fmt: skip
     return output

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from foveate.kernels.triton import pdl
+from foveate.kernels.triton.kv_cache import from_cache, to_fp8
 
 
 @triton.jit
@@ -53,11 +54,37 @@ def _load_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_angles(  # type: ignore[no-untyped-def]
+    angles_ptr, first, end, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr
+):
+    # Cosines and sines of the tokens first ... first + TILE - 1, as far as they are before end.
+    middle: tl.constexpr = HEAD_DIM // 2
+    tokens = first + tl.arange(0, TILE)
+    half = tl.arange(0, HALF)
+    angles = angles_ptr + tokens[:, None] * HEAD_DIM + half[None, :]
+    there = (tokens < end)[:, None] & (half < middle)[None, :]
+    return tl.load(angles, mask=there, other=0.0), tl.load(angles + middle, mask=there, other=0.0)
+
+
+@triton.jit
+def _against_bias(first_query, second_query, first_bias, second_bias):  # type: ignore[no-untyped-def]
+    # A rotated query times a rotated bias is these two, in float32, times the cosines and sines of the bias's rotation.
+    first, second = first_query.to(tl.float32), second_query.to(tl.float32)
+    return first * first_bias + second * second_bias, second * first_bias - first * second_bias
+
+
+@triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    first_query, second_query, first_key, second_key, value, inside, scale, highest, total, attended,
-    EXACT: tl.constexpr, WIDE: tl.constexpr,
+    first_query, second_query, first_key, second_key, value, with_cos, with_sin, cos, sin,
+    inside, scale, highest, total, attended,
+    FP8: tl.constexpr, OFFSET: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    first_key = from_cache(first_key, first_query.dtype, FP8, not WIDE)
+    second_key = from_cache(second_key, first_query.dtype, FP8, not WIDE)
+    value = from_cache(value, first_query.dtype, FP8, not WIDE)
     scores = _dot(first_query, tl.trans(first_key), EXACT, WIDE) + _dot(second_query, tl.trans(second_key), EXACT, WIDE)
+    if OFFSET:
+        scores += _dot(with_cos, tl.trans(cos), EXACT, WIDE) + _dot(with_sin, tl.trans(sin), EXACT, WIDE)
     scores = tl.where(inside[None, :], scores * scale, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, axis=1))
     shrink = tl.exp2(highest - higher)
@@ -73,11 +100,11 @@ def _attend(  # type: ignore[no-untyped-def]
 )
 def decode_kernel(  # type: ignore[no-untyped-def]
     source_ptr, cos_sin_ptr, positions_ptr, slots_ptr, key_cache_ptr, value_cache_ptr, tables_ptr, lengths_ptr,
-    output_ptr, partials_ptr, weights_ptr, counters_ptr, source_stride, token_stride, table_stride,
+    bias_ptr, angles_ptr, output_ptr, partials_ptr, weights_ptr, counters_ptr, source_stride, token_stride, table_stride,
     wanted, least, most, limit, scale,
     KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    CHUNK: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, FP8: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One part of one sequence's keys, for the query heads of one key head. Grid: (batch * KV_HEADS, limit).
 
@@ -85,9 +112,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         source_ptr: queries [batch, heads, head_dim]; or qkv [batch, (heads + 2 * KV_HEADS) * head_dim], where
             cos_sin_ptr is not None: then queries and keys are rotated, and keys and values written to the cache.
         cos_sin_ptr, positions_ptr, slots_ptr: as in ``rotary_write``, or None.
-        key_cache_ptr, value_cache_ptr: [slots, KV_HEADS, HEAD_DIM].
+        key_cache_ptr, value_cache_ptr: [slots, KV_HEADS, HEAD_DIM]; bytes if FP8.
         tables_ptr: int32 [batch, table_stride].
         lengths_ptr: int32 [batch].
+        bias_ptr, angles_ptr: the members of ``foveate.kernels.kv_cache.KeyOffset``, or None.
         output_ptr: [batch, heads, head_dim].
         partials_ptr: float32 [batch * KV_HEADS, limit, QUERIES, WIDTH], each part's result.
         weights_ptr: float32 [batch * KV_HEADS, limit, QUERIES, 4], the parts' weights as powers of 2, four times each.
@@ -100,11 +128,14 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         TILE: keys that are read at a time.
         WIDTH, HALF: powers of 2 that hold HEAD_DIM and half of it.
         CHUNK: parts that are added up at a time.
+        FP8: the cache holds 8-bit floats.
         EXACT: products in float32.
         WIDE: for Triton's interpreter.
         PDL: see :mod:`foveate.kernels.triton.pdl`.
     """
     ROTATE: tl.constexpr = cos_sin_ptr is not None
+    OFFSET: tl.constexpr = bias_ptr is not None
+    DTYPE: tl.constexpr = source_ptr.dtype.element_ty
     middle: tl.constexpr = HEAD_DIM // 2
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -135,6 +166,11 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     # layout right behind its definition: that is why each is selected from once more, after the last load.
     slots = _slots_of(table, start, end, BLOCK_SIZE, TILE)
     inside = start + tokens < end
+    if OFFSET:
+        biases = bias_ptr + kv_head * HEAD_DIM + 0 * rows[:, None] + half[None, :]
+        first_bias = tl.load(biases, mask=in_half & (rows <= QUERIES)[:, None], other=0.0)
+        second_bias = tl.load(biases + middle, mask=in_half & (rows <= QUERIES)[:, None], other=0.0)
+        near_cos, near_sin = _load_angles(angles_ptr, start, end, HEAD_DIM, HALF, TILE)
     if ROTATE:
         # The new token's key is one more row below the queries that see it.
         is_row = (rows <= QUERIES)[:, None]
@@ -164,21 +200,37 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         wide_first = tl.where(is_row, first, 0.0).to(tl.float32)
         wide_second = tl.where(is_row, second, 0.0).to(tl.float32)
         new_value = tl.where(in_width & is_new, new_value, 0.0)
-        first_query = (wide_first * cos - wide_second * sin).to(source_ptr.dtype.element_ty)
-        second_query = (wide_second * cos + wide_first * sin).to(source_ptr.dtype.element_ty)
+        is_key = (rows == QUERIES)[:, None] & in_half
+        if OFFSET:
+            first_bias, second_bias = first_bias.to(tl.float32), second_bias.to(tl.float32)
+            wide_first -= tl.where(is_key, first_bias, 0.0)
+            wide_second -= tl.where(is_key, second_bias, 0.0)
+        turned_first = wide_first * cos - wide_second * sin
+        turned_second = wide_second * cos + wide_first * sin
+        first_query, second_query = turned_first.to(DTYPE), turned_second.to(DTYPE)
+        first_new, second_new, value_new = first_query, second_query, new_value
+        if FP8:
+            first_new, second_new = to_fp8(turned_first), to_fp8(turned_second)
+            value_new = to_fp8(new_value.to(tl.float32))
+            # The new token is seen as all others will see it.
+            first_query = tl.where(is_key, from_cache(first_new, DTYPE, FP8, not WIDE), first_query)
+            second_query = tl.where(is_key, from_cache(second_new, DTYPE, FP8, not WIDE), second_query)
+            new_value = from_cache(value_new, DTYPE, FP8, not WIDE)
         if is_new & (slot >= 0):
             places = slot * token_stride + 0 * rows[:, None]
             keys = key_head + places + half[None, :]
-            is_key = (rows == QUERIES)[:, None] & in_half
-            tl.store(keys, first_query.to(key_cache_ptr.dtype.element_ty), mask=is_key)
-            tl.store(keys + middle, second_query.to(key_cache_ptr.dtype.element_ty), mask=is_key)
+            tl.store(keys, first_new, mask=is_key)
+            tl.store(keys + middle, second_new, mask=is_key)
             is_value = (rows == 0)[:, None] & in_width
-            values = value_head + places + width[None, :]
-            tl.store(values, new_value.to(value_cache_ptr.dtype.element_ty), mask=is_value)
+            tl.store(value_head + places + width[None, :], value_new, mask=is_value)
         # It comes first: its score is the first maximum, and its weight 1.
         scores = _dot(first_query, tl.trans(first_query), EXACT, WIDE)
         scores += _dot(second_query, tl.trans(second_query), EXACT, WIDE)
-        score = tl.sum(tl.where((rows == QUERIES)[None, :], scores, 0.0), axis=1) * scale
+        score = tl.sum(tl.where((rows == QUERIES)[None, :], scores, 0.0), axis=1)
+        if OFFSET:
+            with_cos, with_sin = _against_bias(first_query, second_query, first_bias, second_bias)
+            score += tl.sum(with_cos * cos + with_sin * sin, axis=1)
+        score *= scale
         highest = tl.where(is_new, score, -1e30)
         total = tl.where(is_new, tl.full((ROWS,), 1.0, tl.float32), 0.0)
         attended = new_value.to(tl.float32)
@@ -191,32 +243,34 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         highest = tl.full((ROWS,), -1e30, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         attended = tl.zeros((ROWS, WIDTH), tl.float32)
-    first_key = tl.where(inside[:, None], first_key, 0.0)
-    second_key = tl.where(inside[:, None], second_key, 0.0)
-    value = tl.where(inside[:, None], value, 0.0)
+    first_key = tl.where(inside[:, None], first_key, 0)
+    second_key = tl.where(inside[:, None], second_key, 0)
+    value = tl.where(inside[:, None], value, 0)
+    if OFFSET:
+        with_cos, with_sin = _against_bias(
+            first_query, second_query, first_bias.to(tl.float32), second_bias.to(tl.float32)
+        )
+        with_cos, with_sin = with_cos.to(DTYPE), with_sin.to(DTYPE)
+        near_cos = tl.where(inside[:, None], near_cos, 0.0)
+        near_sin = tl.where(inside[:, None], near_sin, 0.0)
+    else:
+        with_cos, with_sin, near_cos, near_sin = None, None, None, None
     highest, total, attended = _attend(
-        first_query, second_query, first_key, second_key, value, inside, scale, highest, total, attended, EXACT, WIDE
-    )
+        first_query, second_query, first_key, second_key, value, with_cos, with_sin, near_cos, near_sin,
+        inside, scale, highest, total, attended, FP8, OFFSET, EXACT, WIDE,
+    )  # fmt: skip
     for first_token in range(start + TILE, end, TILE):
         inside = first_token + tokens < end
         slots = _slots_of(table, first_token, end, BLOCK_SIZE, TILE)
         first_key, second_key, value = _load_tile(
             key_head, value_head, slots, inside, token_stride, HEAD_DIM, HALF, WIDTH
         )
+        if OFFSET:
+            near_cos, near_sin = _load_angles(angles_ptr, first_token, end, HEAD_DIM, HALF, TILE)
         highest, total, attended = _attend(
-            first_query,
-            second_query,
-            first_key,
-            second_key,
-            value,
-            inside,
-            scale,
-            highest,
-            total,
-            attended,
-            EXACT,
-            WIDE,
-        )
+            first_query, second_query, first_key, second_key, value, with_cos, with_sin, near_cos, near_sin,
+            inside, scale, highest, total, attended, FP8, OFFSET, EXACT, WIDE,
+        )  # fmt: skip
 
     # What a part leaves: its own result, and the logarithm of its sum of weights, which is its weight among the parts.
     total = tl.where(total > 0.0, total, 1.0)

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveate.kernels.kv_cache import FP8, KeyOffset, raw
 from foveate.kernels.triton import pdl
+from foveate.kernels.triton.kv_cache import from_cache
 from foveate.kernels.triton.rope import cache_stride
 
 _LOG2_E = 1.4426950408889634
@@ -27,17 +29,20 @@ def paged_prefill_attention(
     query_offsets: Tensor,
     key_lengths: Tensor,
     longest_query: int,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """Each sequence's new tokens attend to what is cached of it and, causally, to each other.
 
     Args:
         query: [tokens, heads, head_dim], the sequences' new tokens one after another.
-        key_cache: [blocks, block_size, kv_heads, head_dim], with the new tokens' keys.
-        value_cache: the shape of ``key_cache``.
+        key_cache: [blocks, block_size, kv_heads, head_dim], with the new tokens' keys, of the type of ``query`` or
+            float8_e4m3fn.
+        value_cache: the shape and type of ``key_cache``.
         block_tables: int32 [sequences, longest]; beyond a sequence's end, anything.
         query_offsets: int32 [sequences + 1], where each sequence begins in ``query``.
         key_lengths: int32 [sequences], keys that a sequence's last query sees; no fewer than it has queries.
         longest_query: most queries of a sequence, or more.
+        offset: what was left out of the keys, or None.
 
     Returns:
         [tokens, heads, head_dim]; rows outside of all sequences are undefined
@@ -51,12 +56,13 @@ def paged_prefill_attention(
         return output
     rows, tile, warps, stages = _tile(query.dtype, triton.next_power_of_2(head_dim), _capability(query.device))
     grid = (kv_heads, sequences, triton.cdiv(longest_query * (heads // kv_heads), rows))
+    bias, angles = offset or (None, None)
     _prefill_kernel[grid](
-        query, key_cache, value_cache, block_tables, query_offsets, key_lengths, output,
+        query, raw(key_cache), raw(value_cache), block_tables, query_offsets, key_lengths, bias, angles, output,
         cache_stride(key_cache), block_tables.stride(0), head_dim**-0.5 * _LOG2_E,
         KV_HEADS=kv_heads, QUERIES=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         ROWS=rows, TILE=tile, WIDTH=max(triton.next_power_of_2(head_dim), 16),
-        EXACT=query.dtype == torch.float32, WIDE=not query.is_cuda, num_warps=warps, num_stages=stages,
+        FP8=key_cache.dtype == FP8, EXACT=query.dtype == torch.float32, WIDE=not query.is_cuda, num_warps=warps, num_stages=stages,
         **pdl.launch_options(query),
     )  # fmt: skip
     return output
@@ -86,8 +92,10 @@ def _dot(a, b, EXACT: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-unty
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
     query,
+    with_angles,
     key_head,
     value_head,
+    angles_ptr,
     table,
     start,
     end,
@@ -98,6 +106,8 @@ def _attend(  # type: ignore[no-untyped-def]
     total,
     attended,
     MASKED: tl.constexpr,
+    FP8: tl.constexpr,
+    OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
@@ -122,15 +132,21 @@ def _attend(  # type: ignore[no-untyped-def]
         places = (slots * token_stride)[:, None] + width[None, :]
         if MASKED:
             inside = (tokens < end)[:, None] & (width < HEAD_DIM)[None, :]
-            key = tl.load(key_head + places, mask=inside, other=0.0)
-            value = tl.load(value_head + places, mask=inside, other=0.0)
+            key = tl.load(key_head + places, mask=inside, other=0)
+            value = tl.load(value_head + places, mask=inside, other=0)
         elif WIDTH != HEAD_DIM:
-            key = tl.load(key_head + places, mask=(width < HEAD_DIM)[None, :], other=0.0)
-            value = tl.load(value_head + places, mask=(width < HEAD_DIM)[None, :], other=0.0)
+            key = tl.load(key_head + places, mask=(width < HEAD_DIM)[None, :], other=0)
+            value = tl.load(value_head + places, mask=(width < HEAD_DIM)[None, :], other=0)
         else:
             key = tl.load(key_head + places)
             value = tl.load(value_head + places)
+        key = from_cache(key, query.dtype, FP8, not WIDE)
+        value = from_cache(value, query.dtype, FP8, not WIDE)
         scores = _dot(query, tl.trans(key), EXACT, WIDE)
+        if OFFSET:
+            there = (tokens < end)[:, None] & (width < HEAD_DIM)[None, :]
+            angles = tl.load(angles_ptr + tokens[:, None] * HEAD_DIM + width[None, :], mask=there, other=0.0)
+            scores += _dot(with_angles, tl.trans(angles), EXACT, WIDE)
         if MASKED:
             scores = tl.where(tokens[None, :] < visible[:, None], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, axis=1) * scale)
@@ -141,6 +157,23 @@ def _attend(  # type: ignore[no-untyped-def]
         attended += _dot(weights.to(value.dtype), value, EXACT, WIDE)
         highest = higher
     return highest, total, attended
+
+
+@triton.jit
+def _against_bias(  # type: ignore[no-untyped-def]
+    query, queries_ptr, biases_ptr, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    # A rotated query times a rotated bias is this, in float32, times the cosines and sines of the bias's rotation.
+    middle: tl.constexpr = HEAD_DIM // 2
+    width = tl.arange(0, WIDTH)
+    other_half = tl.where(width < middle, middle, -middle)
+    partner = tl.load(queries_ptr + other_half[None, :], mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(biases_ptr + width, mask=width < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+    other_bias = tl.load(biases_ptr + width + other_half, mask=width < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+    query = query.to(tl.float32)
+    of_cos = query * bias + partner * other_bias
+    of_sin = query * other_bias - partner * bias
+    return tl.where((width < middle)[None, :], of_cos, of_sin)
 
 
 @triton.jit(
@@ -154,6 +187,8 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     tables_ptr,
     query_offsets_ptr,
     key_lengths_ptr,
+    bias_ptr,
+    angles_ptr,
     output_ptr,
     token_stride,
     table_stride,
@@ -165,10 +200,12 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
     EXACT: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    OFFSET: tl.constexpr = bias_ptr is not None
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     first_query = tl.load(query_offsets_ptr + sequence, cache_modifier=".cg")
@@ -196,17 +233,22 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     pdl.wait(PDL)
     pdl.release(PDL)
     query = tl.load(query_ptr + places, mask=inside, other=0.0)
+    if OFFSET:
+        biases = bias_ptr + kv_head * HEAD_DIM
+        with_angles = _against_bias(query, query_ptr + places, biases, inside, HEAD_DIM, WIDTH).to(query.dtype)
+    else:
+        with_angles = None
     highest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     attended = tl.zeros((ROWS, WIDTH), tl.float32)
     visible = before + token + 1
     highest, total, attended = _attend(
-        query, key_head, value_head, table, 0, diagonal, visible, token_stride, scale, highest, total, attended,
-        False, HEAD_DIM, BLOCK_SIZE, TILE, WIDTH, EXACT, WIDE,
+        query, with_angles, key_head, value_head, angles_ptr, table, 0, diagonal, visible, token_stride, scale,
+        highest, total, attended, False, FP8, OFFSET, HEAD_DIM, BLOCK_SIZE, TILE, WIDTH, EXACT, WIDE,
     )  # fmt: skip
     highest, total, attended = _attend(
-        query, key_head, value_head, table, diagonal, end, visible, token_stride, scale, highest, total, attended,
-        True, HEAD_DIM, BLOCK_SIZE, TILE, WIDTH, EXACT, WIDE,
+        query, with_angles, key_head, value_head, angles_ptr, table, diagonal, end, visible, token_stride, scale,
+        highest, total, attended, True, FP8, OFFSET, HEAD_DIM, BLOCK_SIZE, TILE, WIDTH, EXACT, WIDE,
     )  # fmt: skip
     attended = attended / total[:, None]
     tl.store(output_ptr + places, attended.to(output_ptr.dtype.element_ty), mask=inside)

@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveate.kernels.kv_cache import FP8, KeyOffset, raw
 from foveate.kernels.triton import pdl
+from foveate.kernels.triton.kv_cache import to_fp8
 
 
 def rotary_write(
@@ -17,6 +19,7 @@ def rotary_write(
     key_cache: Tensor,
     value_cache: Tensor,
     heads: int,
+    offset: KeyOffset | None = None,
 ) -> Tensor:
     """Rotate queries and keys by their positions, and store keys and values in the paged cache, in place.
 
@@ -27,9 +30,10 @@ def rotary_write(
         cos_sin: float32 [max_positions, head_dim], the cosines in its first half, the sines in its second.
         positions: int64 [tokens].
         slots: int64 [tokens], block * block_size + offset; -1: nothing is written.
-        key_cache: [blocks, block_size, kv_heads, head_dim].
-        value_cache: the shape of ``key_cache``.
+        key_cache: [blocks, block_size, kv_heads, head_dim], of the type of ``qkv`` or float8_e4m3fn.
+        value_cache: the shape and type of ``key_cache``.
         heads: query heads.
+        offset: what is left out of the stored keys, or None.
 
     Returns:
         the rotated query [tokens, heads, head_dim]
@@ -41,10 +45,11 @@ def rotary_write(
         return query
     groups = heads // kv_heads
     _rotary_write_kernel[(tokens, kv_heads)](
-        qkv, cos_sin, positions, slots, key_cache, value_cache, query, qkv.stride(0), cache_stride(key_cache),
+        qkv, cos_sin, positions, slots, raw(key_cache), raw(value_cache), query, offset.bias if offset else None,
+        qkv.stride(0), cache_stride(key_cache),
         KV_HEADS=kv_heads, GROUPS=groups, HEAD_DIM=head_dim,
         ROWS=triton.next_power_of_2(groups + 1), HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=1, **pdl.launch_options(qkv),
+        FP8=key_cache.dtype == FP8, num_warps=1, **pdl.launch_options(qkv),
     )  # fmt: skip
     return query
 
@@ -69,6 +74,7 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]
     key_cache_ptr,
     value_cache_ptr,
     query_ptr,
+    bias_ptr,
     qkv_stride,
     token_stride,
     KV_HEADS: tl.constexpr,
@@ -76,6 +82,7 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
+    FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # One token and one key head: the rows are the queries that share it, and after them the key itself.
@@ -101,6 +108,11 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]
     second = tl.load(sources + middle, mask=wanted, other=0.0).to(tl.float32)
     first_value = tl.load(values, mask=inside, other=0.0)
     second_value = tl.load(values + middle, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        is_key_row = (rows == GROUPS)[:, None] & inside[None, :]
+        biases = bias_ptr + kv_head * HEAD_DIM + 0 * rows[:, None] + columns[None, :]
+        first -= tl.load(biases, mask=is_key_row, other=0.0).to(tl.float32)
+        second -= tl.load(biases + middle, mask=is_key_row, other=0.0).to(tl.float32)
     turned_first = first * cos - second * sin
     turned_second = second * cos + first * sin
     is_query = (rows < GROUPS)[:, None] & inside[None, :]
@@ -111,7 +123,14 @@ def _rotary_write_kernel(  # type: ignore[no-untyped-def]
         place = slot * token_stride + kv_head * HEAD_DIM + columns
         is_key = (rows == GROUPS)[:, None] & inside[None, :]
         keys = key_cache_ptr + place[None, :] + 0 * rows[:, None]
-        tl.store(keys, turned_first.to(key_cache_ptr.dtype.element_ty), mask=is_key)
-        tl.store(keys + middle, turned_second.to(key_cache_ptr.dtype.element_ty), mask=is_key)
-        tl.store(value_cache_ptr + place, first_value.to(value_cache_ptr.dtype.element_ty), mask=inside)
-        tl.store(value_cache_ptr + place + middle, second_value.to(value_cache_ptr.dtype.element_ty), mask=inside)
+        places = value_cache_ptr + place
+        if FP8:
+            tl.store(keys, to_fp8(turned_first), mask=is_key)
+            tl.store(keys + middle, to_fp8(turned_second), mask=is_key)
+            tl.store(places, to_fp8(first_value.to(tl.float32)), mask=inside)
+            tl.store(places + middle, to_fp8(second_value.to(tl.float32)), mask=inside)
+        else:
+            tl.store(keys, turned_first.to(key_cache_ptr.dtype.element_ty), mask=is_key)
+            tl.store(keys + middle, turned_second.to(key_cache_ptr.dtype.element_ty), mask=is_key)
+            tl.store(places, first_value.to(value_cache_ptr.dtype.element_ty), mask=inside)
+            tl.store(places + middle, second_value.to(value_cache_ptr.dtype.element_ty), mask=inside)
