@@ -71,7 +71,11 @@ def build(settings: Settings, local: LocalArena | None, instance: Path) -> Engin
     if capture_seconds:
         logger.info("CUDA graphs captured in %.1f s", capture_seconds)
     scheduler = Scheduler(
-        settings.engine, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len, depth=runner.depth
+        settings.engine,
+        num_blocks=runner.num_blocks,
+        block_size=runner.block_size,
+        max_seq_len=runner.max_seq_len,
+        depth=runner.depth,
     )
     if device.type == "cpu":
         torch.set_num_threads(settings.model.threads or _decode_threads(model))
@@ -188,9 +192,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
     logger.info(
-        "model loaded in %.1f s on %s as %s, %d KV blocks of %d tokens, operations: %s",
+        "model loaded in %.1f s on %s as %s, %d KV blocks of %d tokens as %s, operations: %s",
         time.monotonic() - started, core.runner.device, core.runner.dtype, core.runner.num_blocks,
-        core.runner.block_size, ops.implementations(core.runner.device),
+        core.runner.block_size, core.runner.kv_cache.dtype, ops.implementations(core.runner.device),
     )  # fmt: skip
     socket = zmq.Context().socket(zmq.DEALER)
     socket.set_hwm(0)

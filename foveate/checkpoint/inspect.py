@@ -189,7 +189,7 @@ def _plan(config: ModelConfig, facts: Report, manifest: Manifest | None, machine
         max_seq_len=limits.max_seq_len if limits else longest,
         max_num_tokens=limits.max_num_tokens if limits else settings.max_num_tokens,
         vision_batch_size=VisionSettings().vision_batch_size,
-        block_size=settings.block_size,
+        block_size=settings.tokens_per_block(on_gpu=machine.is_gpu),
         memory_fraction=settings.kv_cache_free_mem_fraction,
     )
     usual = "bfloat16" if machine.is_gpu else "float32"

@@ -82,6 +82,7 @@ class EngineCore:
             block_size=self.runner.block_size,
             device=str(self.runner.device),
             dtype=str(self.runner.dtype).removeprefix("torch."),
+            kv_cache_dtype=str(self.runner.kv_cache.dtype).removeprefix("torch."),
         )
 
     def serve(self, socket: zmq.Socket[bytes]) -> None:

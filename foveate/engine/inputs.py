@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.kernels import ops
+from foveate.kernels.kv_cache import KeyOffset
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,23 @@ class ForwardInputs:
     sampled: Tensor | None = None
 
 
+class LayerCache(NamedTuple):
+    """Where one layer's keys and values are kept: [blocks, block_size, kv_heads, head_dim] each.
+
+    ``offset`` says what the keys are without, if anything.
+    """
+
+    keys: Tensor
+    values: Tensor
+    offset: KeyOffset | None
+
+
 class PagedAttention:
     """How the rows of one step attend, and where their keys and values are kept (an ``AttendFused`` of the model).
 
     Args:
         inputs: the step's.
-        caches: (keys, values) of each layer.
+        caches: each layer's.
         tables: int32 [decodes, longest], block tables of the decodes, and [chunks, longest], of the chunks; None
             without any.
         cos_sin: see :func:`foveate.kernels.reference.rotary_write`.
@@ -65,7 +78,7 @@ class PagedAttention:
     def __init__(
         self,
         inputs: ForwardInputs,
-        caches: list[tuple[Tensor, Tensor]],
+        caches: list[LayerCache],
         tables: tuple[Tensor, Tensor | None],
         cos_sin: Tensor,
         heads: int,
@@ -77,22 +90,24 @@ class PagedAttention:
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[tokens, heads, head_dim], in the order of the step's tokens."""
-        inputs, (keys, values) = self._inputs, self._caches[layer]
+        inputs, (keys, values, offset) = self._inputs, self._caches[layer]
         if self._chunk_tables is None:
             return ops.fused_decode(
                 qkv, self._cos_sin, inputs.positions, inputs.slots, keys, values, self._decode_tables, inputs.lengths,
-                self._heads,
+                self._heads, offset,
             )  # fmt: skip
         # The whole step's keys come first: sequences of one step may share blocks.
-        query = ops.rotary_write(qkv, self._cos_sin, inputs.positions, inputs.slots, keys, values, self._heads)
+        query = ops.rotary_write(qkv, self._cos_sin, inputs.positions, inputs.slots, keys, values, self._heads, offset)
         num_decodes = len(inputs.rows)
         assert inputs.query_offsets is not None
         assert inputs.key_lengths is not None
         chunks = ops.paged_prefill_attention(
             query[num_decodes:], keys, values, self._chunk_tables, inputs.query_offsets, inputs.key_lengths,
-            self._longest_query,
+            self._longest_query, offset,
         )  # fmt: skip
         if num_decodes == 0:
             return chunks
-        decodes = ops.paged_decode_attention(query[:num_decodes], keys, values, self._decode_tables, inputs.lengths)
+        decodes = ops.paged_decode_attention(
+            query[:num_decodes], keys, values, self._decode_tables, inputs.lengths, offset
+        )
         return torch.cat((decodes, chunks))

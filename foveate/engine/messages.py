@@ -142,6 +142,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     block_size: int
     device: str
     dtype: str
+    kv_cache_dtype: str
 
 
 class Attached(msgspec.Struct, frozen=True, kw_only=True, tag="attached"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foveate.config import EngineSettings
 from foveate.engine.batch import Batch, build
 from foveate.engine.graphs import MOST_TOKENS, CudaRecorder, Recorder, StepGraphs
-from foveate.engine.inputs import EmbeddingInputs, ForwardInputs, PagedAttention
+from foveate.engine.inputs import EmbeddingInputs, ForwardInputs, LayerCache, PagedAttention
 from foveate.engine.messages import TokenLogprob
 from foveate.engine.rows import Rows
 from foveate.engine.sampling import (
@@ -32,6 +32,7 @@ from foveate.engine.step import ScheduledBatch
 from foveate.engine.upload import upload
 from foveate.errors import ConfigError
 from foveate.kernels import ops
+from foveate.kernels.kv_cache import FP8, KeyOffset
 from foveate.models.qwen2 import Qwen2
 
 _CPU_CACHE_BYTES = 4 * 2**30
@@ -69,6 +70,9 @@ class ModelRunner:
         reserved_bytes: free memory to leave alone, for activations.
 
     Attributes:
+        block_size: tokens of a block of the cache.
+        kv_cache: [layers, 2, num_blocks, block_size, kv_heads, head_dim], keys and values of the model's type or as
+            ``kv_cache_dtype`` says.
         max_seq_len: what was asked for, or as much of it as the cache holds if the settings leave it open.
         depth: steps that are best left open while another one is launched; see
             :class:`foveate.engine.scheduler.Scheduler`.
@@ -81,7 +85,7 @@ class ModelRunner:
         self.model = model
         if model.embed_tokens.weight.device.type == "cpu":
             _store_by_columns(model)
-        self.block_size = settings.block_size
+        self.block_size = settings.tokens_per_block(on_gpu=model.embed_tokens.weight.is_cuda)
         self._max_num_tokens = settings.max_num_tokens
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -95,15 +99,19 @@ class ModelRunner:
         if settings.cuda_graphs and self._has_kernels:
             self.use_graphs(CudaRecorder(self.device))
         self.depth = int(self.device.type == "cuda")
+        self._cache_dtype = FP8 if settings.kv_cache_dtype == "fp8" else self.dtype
+        offsets = self._offsets()
         # Last, since it takes what is left.
         self.num_blocks, self.kv_cache = self._make_cache(settings, max_seq_len, reserved_bytes)
-        self._caches = [(keys, values) for keys, values in self.kv_cache]
+        self._caches = [
+            LayerCache(keys, values, offset) for (keys, values), offset in zip(self.kv_cache, offsets, strict=True)
+        ]
         self.max_seq_len = min(max_seq_len, self.num_blocks * self.block_size)
 
     def _make_cache(self, settings: EngineSettings, max_seq_len: int, reserved_bytes: int) -> tuple[int, Tensor]:
         config = self.model.config
         shape = (self.block_size, config.num_key_value_heads, config.head_dim)
-        block_bytes = config.num_hidden_layers * 2 * torch.Size(shape).numel() * self.dtype.itemsize
+        block_bytes = config.num_hidden_layers * 2 * torch.Size(shape).numel() * self._cache_dtype.itemsize
         num_blocks = settings.num_kv_blocks or self._affordable(settings, max_seq_len, block_bytes, reserved_bytes)
         capacity = num_blocks * self.block_size
         if num_blocks == 0 or (settings.max_seq_len is not None and capacity < max_seq_len):
@@ -111,7 +119,15 @@ class ModelRunner:
                 f"max_seq_len: got {max_seq_len}, but the KV cache holds {capacity} tokens; "
                 "set a smaller max_seq_len, or give the cache more memory"
             )
-        return num_blocks, _zeros((config.num_hidden_layers, 2, num_blocks, *shape), self.dtype, self.device)
+        return num_blocks, _zeros((config.num_hidden_layers, 2, num_blocks, *shape), self._cache_dtype, self.device)
+
+    def _offsets(self) -> list[KeyOffset | None]:
+        """Return what each layer's keys are stored without: with 8 bits, their biases."""
+        layers = range(self.model.config.num_hidden_layers)
+        if self._cache_dtype != FP8:
+            return [None for _ in layers]
+        angles = self.model.rotary_table(self._rows.longest * self.block_size).to(self.dtype)
+        return [KeyOffset(self.model.key_bias(layer), angles) for layer in layers]
 
     def _affordable(self, settings: EngineSettings, max_seq_len: int, block_bytes: int, reserved: int) -> int:
         share = settings.kv_cache_free_mem_fraction
@@ -268,10 +284,13 @@ class ModelRunner:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate a cache. It must hold zeros: attention multiplies by zero what it masks, and 0 · NaN is NaN."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # NumPy leaves the zeroing to the kernel, page by page at first use; torch.zeros would touch gigabytes at start.
-    return torch.from_numpy(np.zeros(torch.Size(shape).numel() * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if device.type == "cpu":
+        # NumPy leaves the zeroing to the kernel, page by page at first use; torch.zeros would touch gigabytes at start.
+        zeros = torch.from_numpy(np.zeros(num_bytes, np.uint8))
+    else:
+        zeros = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return zeros.view(dtype).view(shape)
 
 
 def _store_by_columns(model: Qwen2) -> None:

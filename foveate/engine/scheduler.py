@@ -52,6 +52,7 @@ class Scheduler:
     Args:
         settings: limits and policy.
         num_blocks: KV blocks of the cache.
+        block_size: tokens of a block.
         max_seq_len: most tokens of a prompt and its answer together.
         depth: steps that may be open when another one is scheduled: 0 or 1.
 
@@ -61,9 +62,11 @@ class Scheduler:
         allocator: the KV blocks.
     """
 
-    def __init__(self, settings: EngineSettings, *, num_blocks: int, max_seq_len: int, depth: int = 0) -> None:
+    def __init__(
+        self, settings: EngineSettings, *, num_blocks: int, block_size: int, max_seq_len: int, depth: int = 0
+    ) -> None:
         caching = settings.enable_prefix_caching
-        self.allocator = BlockAllocator(num_blocks, settings.block_size, enable_prefix_caching=caching)
+        self.allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=caching)
         self.max_batch_size = settings.max_batch_size
         self.max_num_tokens = settings.max_num_tokens
         mixed = settings.max_mixed_tokens

@@ -214,9 +214,7 @@ def _chunk_attention(
 ) -> Tensor:
     num_cached = total - query.shape[0]
     used = block_table[: -(-total // key_cache.shape[1])]
-    key, value = (
-        _blocks(cache, used, query.dtype).flatten(0, 1)[:total] for cache in (key_cache, value_cache)
-    )
+    key, value = (_blocks(cache, used, query.dtype).flatten(0, 1)[:total] for cache in (key_cache, value_cache))
     key, value = _whole(key, offset).transpose(0, 1), value.transpose(0, 1)
     repeats = query.shape[1] // key.shape[0]
     if repeats > 1:

@@ -155,6 +155,14 @@ class Qwen2(nn.Module):
         parts = ops.rotary_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         return torch.cat(parts, dim=-1).squeeze(1)
 
+    def key_bias(self, layer: int) -> Tensor:
+        """Return what every key of a layer has in it before it is rotated: [kv_heads * head_dim]."""
+        keys = self.config.num_key_value_heads * self.config.head_dim
+        first = self.config.num_attention_heads * self.config.head_dim
+        bias = self.get_submodule(f"layers.{layer}.qkv_proj").bias
+        assert isinstance(bias, Tensor)
+        return bias.detach()[first : first + keys]
+
     def logits(self, x: Tensor) -> Tensor:
         """[tokens, hidden] → [tokens, vocab] in float32"""
         scores: Tensor = self.lm_head(x)

@@ -32,6 +32,7 @@ LIMITS = Ready(
     block_size=16,
     device="cpu",
     dtype="float32",
+    kv_cache_dtype="float32",
 )
 TIMES = StageTimes(Metrics())
 

@@ -68,7 +68,7 @@ def test_a_published_checkpoint() -> None:
     gpu = report["memory"][-1]
     assert gpu["machine"]["memory_bytes"] == 24 * GIB
     assert gpu["weights"] == {name: part["parameters"] * 2 for name, part in report["parts"].items()}
-    assert gpu["kv_tokens"] == gpu["kv_blocks"] * 16
+    assert gpu["kv_tokens"] == gpu["kv_blocks"] * 64
     assert gpu["fits"]
 
 
@@ -208,7 +208,7 @@ def test_what_does_not_fit() -> None:
     little, more, enough = inspect(TINY, [gpu_of(GIB), gpu_of(3 * GIB // 2), gpu_of(80 * GIB)]).memory
     assert (little.kv_blocks, little.fits) == (0, False)
     assert 0 < more.kv_blocks < enough.kv_blocks
-    assert enough.kv_blocks == GPU_CACHE_BATCHES * 8 * 2048
+    assert enough.kv_blocks == GPU_CACHE_BATCHES * 8 * 512
 
 
 @pytest.mark.gpu

@@ -145,8 +145,11 @@ class Engine:
 
     def __init__(self, *, num_blocks: int, depth: int = 0, late: bool = False, **engine_settings: Any) -> None:
         self.settings = EngineSettings.model_validate({"block_size": 4, **engine_settings})
-        self.scheduler = Scheduler(self.settings, num_blocks=num_blocks, max_seq_len=MAX_SEQ_LEN, depth=depth)
-        self.model = FakeModel(self.settings.block_size)
+        self.block_size = self.settings.tokens_per_block(on_gpu=False)
+        self.scheduler = Scheduler(
+            self.settings, num_blocks=num_blocks, block_size=self.block_size, max_seq_len=MAX_SEQ_LEN, depth=depth
+        )
+        self.model = FakeModel(self.block_size)
         self.late = late
         self.open: deque[tuple[ScheduledBatch, list[Part], Callable[[], list[int]]]] = deque()
         self.ran: set[Sequence] = set()

@@ -34,7 +34,9 @@ def arena() -> LocalArena:
 def core(request: pytest.FixtureRequest, model: MiniCPMV, arena: LocalArena) -> EngineCore:
     settings = EngineSettings(max_seq_len=200, num_kv_blocks=64, max_queue_size=2)
     runner = ModelRunner(model.language, settings, 200)
-    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=200, depth=request.param)
+    scheduler = Scheduler(
+        settings, num_blocks=runner.num_blocks, block_size=runner.block_size, max_seq_len=200, depth=request.param
+    )
     sources = Sources(torch.device("cpu"), arena)
     return EngineCore(runner, scheduler, sources, eos_token_ids=frozenset({702}), max_seq_len=200)
 

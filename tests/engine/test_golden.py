@@ -47,14 +47,20 @@ class Engine:
     def __init__(
         self, model: MiniCPMV, embeddings: dict[str, list[torch.Tensor]], depth: int, graphs: bool, **settings: Any
     ) -> None:
-        defaults = {"max_seq_len": 1024, "num_kv_blocks": 512, "cuda_graphs": graphs}
+        defaults = {"max_seq_len": 1024, "num_kv_blocks": 512, "block_size": 16, "cuda_graphs": graphs}
         chosen = EngineSettings(**defaults | settings)
         assert chosen.max_seq_len is not None
         self.arena = LocalArena("test")
         runner = ModelRunner(model.language, chosen, chosen.max_seq_len)
         if graphs and runner.device.type == "cpu":
             runner.use_graphs(Repeater())
-        scheduler = Scheduler(chosen, num_blocks=runner.num_blocks, max_seq_len=chosen.max_seq_len, depth=depth)
+        scheduler = Scheduler(
+            chosen,
+            num_blocks=runner.num_blocks,
+            block_size=runner.block_size,
+            max_seq_len=chosen.max_seq_len,
+            depth=depth,
+        )
         self.core = EngineCore(
             runner,
             scheduler,

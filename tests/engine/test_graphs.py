@@ -41,7 +41,9 @@ def sequences(count: int, prompt: int, tokens: int, vocab_size: int, **sampling:
 
 
 def answers(runner: ModelRunner, settings: EngineSettings, seqs: list[Sequence]) -> list[list[int]]:
-    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len)
+    scheduler = Scheduler(
+        settings, num_blocks=runner.num_blocks, block_size=runner.block_size, max_seq_len=runner.max_seq_len
+    )
     scheduler.add(*seqs)
     while (batch := scheduler.schedule()) is not None:
         scheduler.update(batch, runner.run(batch).token_ids)
@@ -140,7 +142,9 @@ def wide_model(method: Method, dtype: torch.dtype) -> Qwen2:
 
 def logits_of(runner: ModelRunner, settings: EngineSettings, count: int, prompt: int) -> list[torch.Tensor]:
     """The logits of every step, of the sequences that there are."""
-    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len)
+    scheduler = Scheduler(
+        settings, num_blocks=runner.num_blocks, block_size=runner.block_size, max_seq_len=runner.max_seq_len
+    )
     scheduler.add(*sequences(count, prompt, 25, 20000))
     found = []
     choose = runner._choose

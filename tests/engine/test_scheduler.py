@@ -84,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs = [sequence(f"r{self.number}", *prompt, index=index, **sampling) for index in range(n)]
         scheduler, capacity = self.engine.scheduler, self.engine.scheduler.allocator.num_blocks
         waiting = list(scheduler.waiting)
-        fits = -(-(seqs[0].max_len - 1) // self.engine.settings.block_size) <= capacity
+        fits = -(-(seqs[0].max_len - 1) // self.engine.block_size) <= capacity
         queued = len(waiting) + n <= self.engine.settings.max_queue_size
         if fits and queued:
             self.engine.add(*seqs)

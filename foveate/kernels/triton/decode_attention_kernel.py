@@ -100,8 +100,8 @@ def _attend(  # type: ignore[no-untyped-def]
 )
 def decode_kernel(  # type: ignore[no-untyped-def]
     source_ptr, cos_sin_ptr, positions_ptr, slots_ptr, key_cache_ptr, value_cache_ptr, tables_ptr, lengths_ptr,
-    bias_ptr, angles_ptr, output_ptr, partials_ptr, weights_ptr, counters_ptr, source_stride, token_stride, table_stride,
-    wanted, least, most, limit, scale,
+    bias_ptr, angles_ptr, output_ptr, partials_ptr, weights_ptr, counters_ptr,
+    source_stride, token_stride, table_stride, wanted, least, most, limit, scale,
     KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     CHUNK: tl.constexpr, FP8: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,

@@ -62,8 +62,8 @@ def paged_prefill_attention(
         cache_stride(key_cache), block_tables.stride(0), head_dim**-0.5 * _LOG2_E,
         KV_HEADS=kv_heads, QUERIES=heads // kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         ROWS=rows, TILE=tile, WIDTH=max(triton.next_power_of_2(head_dim), 16),
-        FP8=key_cache.dtype == FP8, EXACT=query.dtype == torch.float32, WIDE=not query.is_cuda, num_warps=warps, num_stages=stages,
-        **pdl.launch_options(query),
+        FP8=key_cache.dtype == FP8, EXACT=query.dtype == torch.float32, WIDE=not query.is_cuda,
+        num_warps=warps, num_stages=stages, **pdl.launch_options(query),
     )  # fmt: skip
     return output
 
