@@ -219,3 +219,28 @@ def test_n_sequences_share_their_prompt(make: Make) -> None:
     assert [[token for chunk in chunks for token in chunk.token_ids] for chunks in answers] == [expected] * 3
     stats = engine.core.scheduler.stats()
     assert stats.cached_tokens >= 2 * (402 - 1) // 16 * 16
+
+
+def test_eight_bits_do_not_depend_on_company_chunks_or_hits(make: Make) -> None:
+    engine = make(kv_cache_dtype="fp8")
+    alone = {case: engine.answer(engine.request(case, logprobs=True, top_logprobs=2))[0][0] for case in CASES}
+
+    def check(engine: Engine, *cases: str) -> None:
+        for case, tokens in zip(cases, engine.tokens(*[engine.request(case) for case in cases]), strict=True):
+            for token, chunk in zip(tokens, alone[case], strict=True):
+                if [token] != chunk.token_ids:
+                    # A sum in another order may be rounded to another number of 8 bits; that tips a close choice.
+                    assert chunk.logprobs is not None
+                    (_, best), (_, second) = chunk.logprobs[0].top
+                    assert best - second < 0.02
+                    break
+
+    check(engine, *CASES)
+    assert engine.core.scheduler.stats().cached_tokens > 0
+    check(make(kv_cache_dtype="fp8", num_kv_blocks=70, max_num_tokens=100, scheduler_policy="max_utilization"), *CASES)
+    engine = make(
+        num_kv_blocks=34, block_size=4, scheduler_policy="max_utilization", max_seq_len=136,
+        enable_prefix_caching=False, kv_cache_dtype="fp8",
+    )  # fmt: skip
+    check(engine, "bang_text", "bang_text")
+    assert engine.core.scheduler.stats().preemptions > 0

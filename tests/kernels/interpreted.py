@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pkgutil import iter_modules
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import foveate.kernels.triton
+from foveate.kernels.kv_cache import KeyOffset, raw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -62,6 +63,36 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     hidden = torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(keys - queries + 1)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return (weights @ v).transpose(0, 1), (weights @ v.abs()).transpose(0, 1)
+
+
+def offset_of(kv_heads: int, head_dim: int, positions: int, dtype: torch.dtype) -> KeyOffset:
+    """Biases of keys, and angles that turn them."""
+    angles = torch.rand(positions, head_dim // 2, device=DEVICE) * 6
+    bias = torch.randn(kv_heads * head_dim, device=DEVICE)
+    return KeyOffset(bias.to(dtype), torch.cat((angles.cos(), angles.sin()), 1).to(dtype))
+
+
+def tokens_of(cache: Tensor, table: Tensor, length: int, offset: KeyOffset | None = None) -> Tensor:
+    """A sequence's keys or values as a reader should see them: float64 [length, kv_heads, head_dim]."""
+    found = raw(cache)[table.long()].view(cache.dtype).flatten(0, 1)[:length].double()
+    if offset is None:
+        return found
+    first, second = offset.bias.double().view(found.shape[1:]).chunk(2, dim=-1)
+    cos, sin = offset.angles[:length, None].double().chunk(2, dim=-1)
+    return found + torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def paged_cache(
+    tables: Tensor, lengths: Sequence[int], shape: tuple[int, int, int, int], dtype: torch.dtype, cached: torch.dtype
+) -> Tensor:
+    """Random numbers of ``dtype`` where ``tables`` say, stored as ``cached``; what nobody wrote is not a number."""
+    block_size = shape[1]
+    cache = torch.full(shape, torch.nan, device=DEVICE, dtype=dtype).to(cached)
+    for row, length in enumerate(lengths):
+        written = torch.randn(length, *shape[2:], device=DEVICE).to(dtype).to(cached)
+        places = tables[row].long().repeat_interleave(block_size)[:length] * block_size
+        raw(cache).flatten(0, 1)[places + torch.arange(length, device=DEVICE) % block_size] = raw(written)
+    return cache
 
 
 def _patch_with_index(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.interpreted import DEVICE, MARKS, ROUNDING, attention
+from kernels.interpreted import DEVICE, MARKS, ROUNDING, attention, offset_of, paged_cache, tokens_of
 from torch import Tensor
 
+from foveate.kernels.kv_cache import FP8, raw
 from foveate.kernels.triton import decode_attention
 from foveate.kernels.triton.decode_attention import fused_decode, paged_decode_attention, split_of
 from foveate.kernels.triton.rope import rotary_write
 
 pytestmark = MARKS
 SHAPES = [(7, 1, 64, 16), (14, 2, 128, 48), (6, 2, 72, 64), (2, 2, 16, 128), (16, 1, 32, 32)]
-CASES = [(shape, torch.float32) for shape in SHAPES]
-CASES += [(SHAPES[1], torch.float16), (SHAPES[1], torch.bfloat16), (SHAPES[2], torch.bfloat16)]
+Kind = tuple[torch.dtype, bool]
+"""Type of the cache, and whether keys lie there without their biases."""
+CASES: list[tuple[tuple[int, int, int, int], torch.dtype, Kind]]
+CASES = [(shape, torch.float32, (torch.float32, False)) for shape in SHAPES]
+CASES += [(SHAPES[1], dtype, (dtype, False)) for dtype in (torch.float16, torch.bfloat16)]
+CASES += [(SHAPES[2], torch.bfloat16, (torch.bfloat16, False)), (SHAPES[2], torch.bfloat16, (torch.bfloat16, True))]
+CASES += [(SHAPES[number], torch.float32, (FP8, number != 2)) for number in (0, 2, 3)]
+CASES += [(SHAPES[0], torch.bfloat16, (FP8, True)), (SHAPES[1], torch.bfloat16, (FP8, False))]
+CASES += [(SHAPES[2], torch.bfloat16, (FP8, True)), (SHAPES[4], torch.float16, (FP8, True))]
 LENGTHS = [200, 0, 1, 130, 64, 65]
 
 
 class Case:
     """Sequences of :data:`LENGTHS` whose keys lie in shuffled blocks; what nobody wrote is not a number."""
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, kind: Kind | None = None
+    ) -> None:
+        cached, without_bias = kind or (dtype, False)
         longest = -(-max(LENGTHS) // block_size) + 1
         blocks = torch.randperm(len(LENGTHS) * longest)
         self.heads, self.dtype, self.block_size = heads, dtype, block_size
@@ -31,16 +42,14 @@ class Case:
         ends = self.tables.gather(1, self.positions[:, None] // block_size)[:, 0].long()
         self.slots = torch.where(self.lengths > 0, ends * block_size + self.positions % block_size, -1)
         shape = (len(blocks), block_size, kv_heads, head_dim)
-        self.caches = [torch.full(shape, torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
-        for cache in self.caches:
-            for row, length in enumerate(LENGTHS):
-                keys = torch.randn(length, kv_heads, head_dim, device=DEVICE).to(dtype)
-                places = self.tables[row].long().repeat_interleave(block_size)[:length] * block_size
-                cache.flatten(0, 1)[places + torch.arange(length, device=DEVICE) % block_size] = keys
+        self.caches = [paged_cache(self.tables, LENGTHS, shape, dtype, cached) for _ in range(2)]
+        offset = offset_of(kv_heads, head_dim, longest * block_size, dtype)
+        self.offset = offset if without_bias else None
+        # Angles are rounded too, and so is what they are multiplied with, which is larger than a key.
+        self.rounding = ROUNDING[dtype] * (4 if without_bias else 1)
         self.qkv = torch.randn(len(LENGTHS), (heads + 2 * kv_heads) * head_dim, device=DEVICE).to(dtype)
         self.query = torch.randn(len(LENGTHS), heads, head_dim, device=DEVICE).to(dtype)
-        angles = torch.rand(max(LENGTHS), head_dim // 2, device=DEVICE) * 6
-        self.cos_sin = torch.cat((angles.cos(), angles.sin()), 1)
+        self.cos_sin = offset.angles.float()
 
     def check(self, attended: Tensor, query: Tensor, caches: list[Tensor]) -> None:
         assert attended.shape == query.shape
@@ -49,9 +58,10 @@ class Case:
             if length == 0:
                 assert not attended[row].any()
                 continue
-            key, value = (cache[self.tables[row].long()].flatten(0, 1)[:length] for cache in caches)
+            key = tokens_of(caches[0], self.tables[row], length, self.offset)
+            value = tokens_of(caches[1], self.tables[row], length)
             expected, terms = attention(query[row : row + 1], key, value)
-            assert ((attended[row] - expected[0]).abs() <= terms[0] * ROUNDING[self.dtype]).all()
+            assert ((attended[row] - expected[0]).abs() <= terms[0] * self.rounding).all()
 
 
 def cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,27 +70,52 @@ def cut_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_attention, "_CHUNK", 2)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "kind"), CASES)
 def test_paged_decode_attention(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_into_parts(monkeypatch)
-    case = Case(*shape, dtype)
-    attended = paged_decode_attention(case.query, *case.caches, case.tables, case.lengths)
+    case = Case(*shape, dtype, kind)
+    attended = paged_decode_attention(case.query, *case.caches, case.tables, case.lengths, case.offset)
     case.check(attended, case.query, case.caches)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
-def test_fused_decode(shape: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shape", "dtype", "kind"), CASES)
+def test_fused_decode(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cut_into_parts(monkeypatch)
-    case = Case(*shape, dtype)
+    case = Case(*shape, dtype, kind)
     caches = [cache.clone() for cache in case.caches]
-    query = rotary_write(case.qkv, case.cos_sin, case.positions, case.slots, *caches, case.heads)
+    query = rotary_write(case.qkv, case.cos_sin, case.positions, case.slots, *caches, case.heads, case.offset)
     arguments = (case.qkv, case.cos_sin, case.positions, case.slots, *case.caches, case.tables, case.lengths)
-    attended = fused_decode(*arguments, case.heads)
+    attended = fused_decode(*arguments, case.heads, case.offset)
+    tolerance = 2**-3 if kind[0] == FP8 else ROUNDING[dtype]
     for cache, written in zip(case.caches, caches, strict=True):
-        torch.testing.assert_close(cache, written, rtol=ROUNDING[dtype], atol=ROUNDING[dtype], equal_nan=True)
-    case.check(attended, query, caches)
+        torch.testing.assert_close(cache.float(), written.float(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    case.check(attended, query, case.caches)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_every_number_of_eight_bits_is_read(dtype: torch.dtype) -> None:
+    # Of one token, whose value is the answer.
+    values = torch.arange(256, device=DEVICE).view(2, 1, 1, 128).to(torch.uint8)
+    values[values == 0x7F], values[values == 0xFF] = 0, 0  # No numbers.
+    cache = values.view(FP8)
+    tables, lengths = (torch.tensor(data, dtype=torch.int32, device=DEVICE) for data in ([[0], [1]], [1, 1]))
+    query = torch.zeros(2, 1, 128, device=DEVICE, dtype=dtype)
+    attended = paged_decode_attention(query, cache, cache, tables, lengths)
+    assert torch.equal(attended, cache[:, 0].to(dtype))
+
+
+def test_large_keys_and_values_are_cut_off() -> None:
+    case = Case(4, 2, 32, 16, torch.float32, (FP8, False))
+    qkv = 1000 * case.qkv.sign()
+    arguments = (case.cos_sin, case.positions, case.slots, *case.caches, case.tables, case.lengths, case.heads)
+    attended = fused_decode(qkv, *arguments)
+    assert attended.isfinite().all()
+    written = raw(case.caches[1]).flatten(0, 1)[case.slots[0]].view(FP8).float()
+    assert torch.equal(written.flatten(), 448 * qkv[0, 6 * 32 :].sign())
 
 
 def test_one_part_and_many_agree(monkeypatch: pytest.MonkeyPatch) -> None:

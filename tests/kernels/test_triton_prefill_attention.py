@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.interpreted import DEVICE, MARKS, ROUNDING, attention
+from kernels.interpreted import DEVICE, MARKS, ROUNDING, attention, offset_of, paged_cache, tokens_of
 
+from foveate.kernels.kv_cache import FP8
 from foveate.kernels.triton.prefill_attention import paged_prefill_attention
 
 pytestmark = MARKS
@@ -13,32 +14,40 @@ pytestmark = MARKS
 CHUNKS = [(40, 40), (5, 133), (1, 64), (0, 7), (70, 75), (1, 1)]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("dtype", "cached", "without_bias"), [
+    *((dtype, dtype, False) for dtype in ROUNDING), *((dtype, FP8, True) for dtype in ROUNDING),
+    (torch.bfloat16, FP8, False), (torch.bfloat16, torch.bfloat16, True),
+])  # fmt: skip
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [
     (7, 1, 64, 16), (6, 2, 72, 48), (2, 2, 16, 128), (4, 1, 128, 64),
 ])  # fmt: skip
-def test_paged_prefill_attention(heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+def test_paged_prefill_attention(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    cached: torch.dtype,
+    without_bias: bool,
+) -> None:
     queries, lengths = zip(*CHUNKS, strict=True)
     longest = -(-max(lengths) // block_size)
     blocks = torch.randperm(len(CHUNKS) * longest)
     tables = blocks.view(len(CHUNKS), longest).int().to(DEVICE)
     shape = (len(blocks), block_size, kv_heads, head_dim)
-    caches = [torch.full(shape, torch.nan, device=DEVICE, dtype=dtype) for _ in range(2)]
-    for cache in caches:  # What nobody wrote stays what is not a number.
-        for row, length in enumerate(lengths):
-            places = tables[row].long().repeat_interleave(block_size)[:length] * block_size
-            written = torch.randn(length, kv_heads, head_dim, device=DEVICE).to(dtype)
-            cache.flatten(0, 1)[places + torch.arange(length, device=DEVICE) % block_size] = written
+    caches = [paged_cache(tables, lengths, shape, dtype, cached) for _ in range(2)]
+    offset = offset_of(kv_heads, head_dim, longest * block_size, dtype) if without_bias else None
+    rounding = ROUNDING[dtype] * (4 if without_bias else 1)  # As in the tests of decodes.
     query = torch.randn(sum(queries), heads, head_dim, device=DEVICE).to(dtype)
     offsets = torch.tensor([0, *queries], device=DEVICE).cumsum(0).int()
     key_lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    attended = paged_prefill_attention(query, *caches, tables, offsets, key_lengths, max(queries))
+    attended = paged_prefill_attention(query, *caches, tables, offsets, key_lengths, max(queries), offset)
     assert attended.dtype == dtype
     for row, length in enumerate(lengths):
         mine = slice(int(offsets[row]), int(offsets[row + 1]))
-        key, value = (cache[tables[row].long()].flatten(0, 1)[:length] for cache in caches)
+        key, value = tokens_of(caches[0], tables[row], length, offset), tokens_of(caches[1], tables[row], length)
         expected, terms = attention(query[mine], key, value)
-        assert ((attended[mine] - expected).abs() <= terms * ROUNDING[dtype]).all()
+        assert ((attended[mine] - expected).abs() <= terms * rounding).all()
 
 
 def test_a_longer_bound_changes_nothing() -> None:
