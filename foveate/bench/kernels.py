@@ -16,14 +16,18 @@ from rich.table import Table
 from torch import Tensor
 
 from foveate.bench.sizes import language_config, products
+from foveate.config import EngineSettings
+from foveate.kernels.kv_cache import FP8, KeyOffset
 from foveate.kernels.triton import activation, decode_attention, norm, prefill_attention, rope
 from foveate.kernels.triton.tuning import DECODE_ROWS
 from foveate.kernels.triton.tuning_search import Bench, time_graph
 from foveate.models.config import LanguageConfig
 
-_BLOCK_SIZE = 16
+_BLOCK_SIZE = EngineSettings().tokens_per_block(on_gpu=True)
 _COPIES = 8
 _BFLOAT16 = torch.bfloat16
+_CACHES = {"": _BFLOAT16, ", fp8 cache": FP8}
+"""Types of keys and values, by what they add to an operation's name."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,11 @@ class Suite:
             torch.cuda.empty_cache()
         for rows in [*decode_rows, *prefill_rows]:
             yield from self._small(rows)
-        for rows in decode_rows:
-            yield self._decode_attention(rows)
-        for rows in prefill_rows:
-            yield self._prefill_attention(rows)
+        for kind in _CACHES:
+            for rows in decode_rows:
+                yield self._decode_attention(rows, kind)
+            for rows in prefill_rows:
+                yield self._prefill_attention(rows, kind)
         layers = [self._layer() for _ in range(self.config.num_hidden_layers)]
         head = self.products["lm_head"].weight()
         for rows in decode_rows:
@@ -127,55 +132,70 @@ class Suite:
         yield self._timing("add_rms_norm", shape, rows, time_graph([sums(value) for value in x]), 4 * tokens, 0)
         seconds = time_graph([gates(value) for value in gate_up])
         yield self._timing("silu_mul", str(2 * size), rows, seconds, 6 * rows * size, 0)
-        yield self._rotary(rows)
+        for kind in _CACHES:
+            yield self._rotary(rows, kind)
 
-    def _caches(self, blocks: int) -> list[tuple[Tensor, Tensor]]:
+    def _caches(self, blocks: int, kind: str) -> list[tuple[Tensor, Tensor]]:
         shape = (blocks, _BLOCK_SIZE, self.config.num_key_value_heads, self.config.head_dim)
-        return list(zip(self._random(*shape), self._random(*shape), strict=True))
+        keys, values = ([cache.to(_CACHES[kind]) for cache in self._random(*shape)] for _ in range(2))
+        return list(zip(keys, values, strict=True))
 
-    def _rotary(self, rows: int) -> Timing:
+    def _offset(self, positions: int, kind: str) -> KeyOffset | None:
+        """Return what keys in 8 bits are without, as the engine's."""
+        if _CACHES[kind] != FP8:
+            return None
+        _, kv_heads, head_dim = self._heads()
+        bias, angles = torch.randn(kv_heads * head_dim, device="cuda"), torch.randn(positions, head_dim, device="cuda")
+        return KeyOffset(bias.to(_BFLOAT16), angles.to(_BFLOAT16))
+
+    def _rotary(self, rows: int, kind: str) -> Timing:
         heads, kv_heads, head_dim = self._heads()
-        caches = self._caches(-(-rows // _BLOCK_SIZE))
+        caches, offset = self._caches(-(-rows // _BLOCK_SIZE), kind), self._offset(1, kind)
         table = torch.randn(self.context + rows, head_dim, device="cuda")
         positions = torch.arange(rows, device="cuda")
         inputs = self._random(rows, (heads + 2 * kv_heads) * head_dim)
 
         def call(qkv: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
-            return lambda: rope.rotary_write(qkv, table, positions, positions, key, value, heads)
+            return lambda: rope.rotary_write(qkv, table, positions, positions, key, value, heads, offset)
 
         seconds = time_graph([call(qkv, *cache) for qkv, cache in zip(inputs, caches, strict=True)])
-        moved = rows * head_dim * (4 * (heads + 2 * kv_heads) + 4)
-        return self._timing("rotary_write", f"{heads}+2x{kv_heads}x{head_dim}", rows, seconds, moved, 0)
+        # All is read, queries are written, keys and values stored; and cosines and sines, in float32.
+        stored = 2 * kv_heads * _CACHES[kind].itemsize
+        moved = rows * head_dim * (2 * (heads + 2 * kv_heads) + 2 * heads + stored + 4)
+        return self._timing(f"rotary_write{kind}", f"{heads}+2x{kv_heads}x{head_dim}", rows, seconds, moved, 0)
 
-    def _decode_attention(self, rows: int) -> Timing:
+    def _decode_attention(self, rows: int, kind: str) -> Timing:
         heads, kv_heads, head_dim = self._heads()
         blocks = -(-self.context // _BLOCK_SIZE)
-        caches, queries = self._caches(rows * blocks), self._random(rows, heads, head_dim)
+        caches, queries = self._caches(rows * blocks, kind), self._random(rows, heads, head_dim)
+        offset = self._offset(blocks * _BLOCK_SIZE, kind)
         tables = torch.arange(rows * blocks, dtype=torch.int32, device="cuda").view(rows, blocks)
         lengths = torch.full((rows,), self.context, dtype=torch.int32, device="cuda")
 
         def call(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
-            return lambda: decode_attention.paged_decode_attention(query, key, value, tables, lengths)
+            return lambda: decode_attention.paged_decode_attention(query, key, value, tables, lengths, offset)
 
         seconds = time_graph([call(query, *cache) for query, cache in zip(queries, caches, strict=True)])
-        moved = 4 * rows * head_dim * (self.context * kv_heads + heads)
-        return self._timing("decode_attention", f"{self.context} keys", rows, seconds, moved, 0)
+        moved = 2 * rows * head_dim * (self.context * kv_heads * _CACHES[kind].itemsize + 2 * heads)
+        return self._timing(f"decode_attention{kind}", f"{self.context} keys", rows, seconds, moved, 0)
 
-    def _prefill_attention(self, rows: int) -> Timing:
+    def _prefill_attention(self, rows: int, kind: str) -> Timing:
         heads, kv_heads, head_dim = self._heads()
         blocks = -(-rows // _BLOCK_SIZE)
-        caches, queries = self._caches(blocks), self._random(rows, heads, head_dim)
+        caches, queries = self._caches(blocks, kind), self._random(rows, heads, head_dim)
+        offset = self._offset(blocks * _BLOCK_SIZE, kind)
         tables = torch.arange(blocks, dtype=torch.int32, device="cuda")[None]
         offsets = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
 
         def call(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
             attend = prefill_attention.paged_prefill_attention
-            return lambda: attend(query, key, value, tables, offsets, offsets[1:], rows)
+            return lambda: attend(query, key, value, tables, offsets, offsets[1:], rows, offset)
 
         seconds = time_graph([call(query, *cache) for query, cache in zip(queries, caches, strict=True)])
-        moved = 4 * rows * head_dim * (kv_heads + heads)
+        moved = 2 * rows * head_dim * (kv_heads * _CACHES[kind].itemsize + 2 * heads)
         # Two products, of which the causal mask leaves half.
-        return self._timing("prefill_attention", "causal", rows, seconds, moved, 2 * rows * rows * heads * head_dim)
+        operations = 2 * rows * rows * heads * head_dim
+        return self._timing(f"prefill_attention{kind}", "causal", rows, seconds, moved, operations)
 
     def _heads(self) -> tuple[int, int, int]:
         return self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim

@@ -32,7 +32,7 @@ INFERENCE: tuple[Row, ...] = (
         "of what is free when the model is loaded and its largest step was measured",
     ),
     ("max_tokens_in_paged_kv_cache", "engine.num_kv_blocks", "in blocks of `engine.block_size` tokens"),
-    ("tokens_per_block", "engine.block_size", ""),
+    ("tokens_per_block", "engine.block_size", "the best for the device, if not set"),
     ("kv_cache_host_memory_bytes", "", "because what does not fit is computed again, not moved to the host's memory"),
     (
         "batch_scheduler_policy",

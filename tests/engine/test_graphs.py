@@ -11,7 +11,7 @@ from golden_data import GOLDEN, TINY
 from replays import Repeater
 
 from foveate.checkpoint.load import dummy_model, load_model
-from foveate.config import EngineSettings
+from foveate.config import CacheDType, EngineSettings
 from foveate.engine.graphs import MOST_TOKENS, decode_sizes, forward_sizes
 from foveate.engine.messages import SamplingParams
 from foveate.engine.runner import ModelRunner
@@ -130,6 +130,9 @@ def test_running_everything_once_changes_nothing(tiny: Qwen2) -> None:
 
 # On a GPU.
 
+METHODS: list[tuple[Method, CacheDType]]
+METHODS = [("none", "auto"), ("int8", "auto"), ("fp8", "auto"), ("int4", "auto"), ("none", "fp8"), ("int8", "fp8")]
+
 
 def wide_model(method: Method, dtype: torch.dtype) -> Qwen2:
     """Two layers of the real size."""
@@ -165,9 +168,9 @@ def logits_of(runner: ModelRunner, settings: EngineSettings, count: int, prompt:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2, 8, 16])
-@pytest.mark.parametrize("method", ["none", "int8", "fp8", "int4"])
-def test_every_repetition_has_the_same_bits(method: Method, count: int) -> None:
-    settings = EngineSettings(max_batch_size=16, num_kv_blocks=512, enable_prefix_caching=False)
+@pytest.mark.parametrize(("method", "cached"), METHODS)
+def test_every_repetition_has_the_same_bits(method: Method, cached: CacheDType, count: int) -> None:
+    settings = EngineSettings(max_batch_size=16, num_kv_blocks=512, enable_prefix_caching=False, kv_cache_dtype=cached)
     runner = ModelRunner(wide_model(method, torch.bfloat16), settings, 1024)
     first = logits_of(runner, settings, count, 60)
     for _ in range(3):
@@ -177,12 +180,14 @@ def test_every_repetition_has_the_same_bits(method: Method, count: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2, 8, 16])
-@pytest.mark.parametrize("method", ["none", "int8", "fp8", "int4"])
-def test_graphs_have_the_same_bits_as_their_kernels(method: Method, count: int) -> None:
+@pytest.mark.parametrize(("method", "cached"), METHODS)
+def test_graphs_have_the_same_bits_as_their_kernels(method: Method, cached: CacheDType, count: int) -> None:
     model = wide_model(method, torch.bfloat16)
     found = []
     for graphs in (False, True):
-        settings = EngineSettings(max_batch_size=16, num_kv_blocks=512, enable_prefix_caching=False, cuda_graphs=graphs)
+        settings = EngineSettings(
+            max_batch_size=16, num_kv_blocks=512, enable_prefix_caching=False, cuda_graphs=graphs, kv_cache_dtype=cached
+        )
         runner = ModelRunner(model, settings, 1024)
         if runner._graphs is not None:
             runner._graphs._forward_sizes = []  # Prompts of another length are rounded in another way.

@@ -46,7 +46,7 @@ def last_logits(model: Qwen2, case: str, **settings: Any) -> Tensor:
         found.append(logits.clone())
         return choose(logits, *rest)
 
-    runner._choose = spied  # type: ignore[method-assign]
+    runner._choose = spied  # type: ignore
     scheduler = Scheduler(chosen, num_blocks=runner.num_blocks, block_size=runner.block_size, max_seq_len=1024)
     seq = Sequence(
         request_id="one",
