@@ -21,6 +21,7 @@ from foveate.kernels.triton.rope import cache_stride
 _PROGRAMS_PER_SM = 2  # As many as there is room for at once, with what a tile's pipeline takes.
 _SHORT = 512  # Keys up to which a sequence is cut only where programs are missing.
 _LONGEST_PART = 2048  # Keys, so that a long sequence among short ones does not make all wait.
+_MOST_REGISTERS = 128  # Of a thread, where keys have an offset: otherwise there is room for one program only.
 _CHUNK = 8  # Parts that are added up at a time: their loads are on their way together.
 _MAX_GROUPS = 2**14  # Batch times key heads.
 _LOG2_E = 1.4426950408889634
@@ -151,7 +152,7 @@ def _launch(
         LINES=triton.next_power_of_2(queries), ROWS=max(triton.next_power_of_2(queries + 1), 16),
         WIDTH=width, HALF=max(width // 2, 16), CHUNK=_CHUNK,
         FP8=key_cache.dtype == FP8, EXACT=source.dtype == torch.float32, WIDE=not source.is_cuda,
-        num_warps=warps, num_stages=stages, **pdl.launch_options(source),
+        num_warps=warps, num_stages=stages, maxnreg=None if offset is None else _MOST_REGISTERS, **pdl.launch_options(source),
     )  # fmt: skip
     return output
 

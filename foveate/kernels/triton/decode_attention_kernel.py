@@ -170,7 +170,6 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         biases = bias_ptr + kv_head * HEAD_DIM + 0 * rows[:, None] + half[None, :]
         first_bias = tl.load(biases, mask=in_half & (rows <= QUERIES)[:, None], other=0.0)
         second_bias = tl.load(biases + middle, mask=in_half & (rows <= QUERIES)[:, None], other=0.0)
-        near_cos, near_sin = _load_angles(angles_ptr, start, end, HEAD_DIM, HALF, TILE)
     if ROTATE:
         # The new token's key is one more row below the queries that see it.
         is_row = (rows <= QUERIES)[:, None]
@@ -251,8 +250,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             first_query, second_query, first_bias.to(tl.float32), second_bias.to(tl.float32)
         )
         with_cos, with_sin = with_cos.to(DTYPE), with_sin.to(DTYPE)
-        near_cos = tl.where(inside[:, None], near_cos, 0.0)
-        near_sin = tl.where(inside[:, None], near_sin, 0.0)
+        near_cos, near_sin = _load_angles(angles_ptr, start, end, HEAD_DIM, HALF, TILE)
     else:
         with_cos, with_sin, near_cos, near_sin = None, None, None, None
     highest, total, attended = _attend(

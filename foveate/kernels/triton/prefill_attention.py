@@ -54,7 +54,7 @@ def paged_prefill_attention(
     sequences = block_tables.shape[0]
     if sequences == 0 or longest_query == 0:
         return output
-    rows, tile, warps, stages = _tile(query.dtype, triton.next_power_of_2(head_dim), _capability(query.device))
+    rows, tile, warps, stages = _tile(query.dtype, offset is not None, _capability(query.device))
     grid = (kv_heads, sequences, triton.cdiv(longest_query * (heads // kv_heads), rows))
     bias, angles = offset or (None, None)
     _prefill_kernel[grid](
@@ -73,13 +73,13 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _tile(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> tuple[int, int, int, int]:
+def _tile(dtype: torch.dtype, has_offset: bool, capability: tuple[int, int]) -> tuple[int, int, int, int]:
     """Return rows and keys of a tile, warps and pipeline stages."""
     if dtype.itemsize > 2:
         return 32, 32, 4, 1
-    # With the wide products of 9.0 and 10.0, two programs fit a multiprocessor and hide each other's softmax. Elsewhere
-    # a tile of 64 rows spills registers.
-    return (64, 64, 4, 5) if capability[0] in (9, 10) else (128, 64, 8, 3)
+    # With the wide products of 9.0 and 10.0, two programs fit a multiprocessor and hide each other's softmax; with the
+    # angles of an offset, if the pipeline is shorter. Elsewhere a tile of 64 rows spills registers.
+    return (64, 64, 4, 3 if has_offset else 5) if capability[0] in (9, 10) else (128, 64, 8, 3)
 
 
 @triton.jit
