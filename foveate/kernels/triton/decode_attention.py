@@ -152,7 +152,8 @@ def _launch(
         LINES=triton.next_power_of_2(queries), ROWS=max(triton.next_power_of_2(queries + 1), 16),
         WIDTH=width, HALF=max(width // 2, 16), CHUNK=_CHUNK,
         FP8=key_cache.dtype == FP8, EXACT=source.dtype == torch.float32, WIDE=not source.is_cuda,
-        num_warps=warps, num_stages=stages, maxnreg=None if offset is None else _MOST_REGISTERS, **pdl.launch_options(source),
+        num_warps=warps, num_stages=stages, maxnreg=None if offset is None else _MOST_REGISTERS,
+        **pdl.launch_options(source),
     )  # fmt: skip
     return output
 

@@ -250,6 +250,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             first_query, second_query, first_bias.to(tl.float32), second_bias.to(tl.float32)
         )
         with_cos, with_sin = with_cos.to(DTYPE), with_sin.to(DTYPE)
+        # Not before, where they would take registers meanwhile: all sequences read them, so they are near.
         near_cos, near_sin = _load_angles(angles_ptr, start, end, HEAD_DIM, HALF, TILE)
     else:
         with_cos, with_sin, near_cos, near_sin = None, None, None, None
