@@ -107,6 +107,11 @@ class EngineSettings(Section):
     """Reuse keys and values of prompts that begin alike, pictures included."""
     cuda_graphs: bool = True
     """Replay steps that only decode as CUDA graphs, where there is a GPU."""
+    speculation: Literal["none", "prompt_lookup"] = "none"
+    """prompt_lookup guesses tokens from earlier text and verifies several in one step: answers that repeat their prompt
+    come faster, and stay the same."""
+    speculative_tokens: Annotated[int, Field(gt=0, le=32)] = 7
+    """Most tokens that are guessed at a time, for each sequence."""
     max_queue_size: PositiveInt = 256
     """Sequences that may wait; more are refused with status 503."""
 

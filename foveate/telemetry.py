@@ -125,6 +125,8 @@ class EngineCollector(Collector):
         "prompt_tokens": "Prompt tokens of admitted sequences",
         "cached_tokens": "Prompt tokens whose keys and values a prefix hit supplied",
         "generated_tokens": "Tokens sampled",
+        "draft_tokens": "Tokens guessed ahead and verified",
+        "accepted_tokens": "Guessed tokens that were right",
         "preemptions": "Sequences evicted to be recomputed later",
         "finished": "Sequences that ended by themselves",
         "aborted": "Sequences that were given up",

@@ -24,6 +24,7 @@ from foveate.engine.graphs import graphs_bytes
 from foveate.engine.runner import ModelRunner
 from foveate.engine.sampling import SamplingInputs, SamplingState, Variant, choose
 from foveate.engine.scheduler import Scheduler
+from foveate.engine.speculation import most_rows
 from foveate.errors import CheckpointError, ConfigError
 from foveate.kernels import ops
 from foveate.models.qwen2 import Qwen2
@@ -135,13 +136,15 @@ def _activation_bytes(model: Qwen2, settings: EngineSettings) -> int:
     step = torch.cuda.max_memory_allocated(device) - before
     if not settings.cuda_graphs or not ops.has_kernels(device):
         return step
-    return step + graphs_bytes(settings.max_batch_size, settings.max_batch_size + settings.max_num_tokens)
+    num_tokens = settings.max_batch_size + settings.max_num_tokens
+    return step + graphs_bytes(settings.max_batch_size, num_tokens, most_rows(settings))
 
 
 def _largest_step(model: Qwen2, settings: EngineSettings) -> Callable[[], None]:
     """Return what runs a step of as many tokens as possible, and the most that sampling can have to do."""
     weight, config = model.embed_tokens.weight, model.config
-    rows, heads, device = settings.max_batch_size, config.num_attention_heads, weight.device
+    rows = max(settings.max_batch_size, most_rows(settings))
+    heads, device = config.num_attention_heads, weight.device
     state = SamplingState(
         *(torch.zeros(rows, config.vocab_size, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
     )

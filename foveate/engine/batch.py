@@ -1,7 +1,9 @@
 """A scheduled step as arrays: which token goes where, what it sees, and which rows are sampled.
 
 Decodes come first, one row each, then the chunks of prompts. A decode's token is on the device since the step before,
-whether or not the host has heard of it; a chunk's tokens come from the host.
+whether or not the host has heard of it; a chunk's tokens come from the host. A step with drafts has nothing but
+decodes: each newest token, and behind it its drafts as if they were other sequences that read the same blocks. All of
+their tokens come from the host.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ class Batch:
         embedding: arrays of :class:`foveate.engine.inputs.EmbeddingInputs`.
         forward: arrays of :class:`foveate.engine.inputs.ForwardInputs`.
         sampling: arrays of :class:`foveate.engine.sampling.SamplingInputs`.
-        samples: the items whose next token is chosen, in the order of their rows.
-        order: where the result of each of ``scheduled.sampling`` is among them.
+        samples: the items whose next token is chosen, in the order of their rows; with drafts, several times.
+        order: where the results of each of ``scheduled.sampling`` are among them.
         pictures: (item, its first row, the number of its rows) in the order of ``picture_places``.
         variant: what their sampling needs.
         longest_query: tokens of the longest chunk; 0 if there is none.
         num_blocks: blocks of the longest sequence.
+        drafts: arrays of :class:`foveate.engine.verification.DraftInputs`, in a step that has any.
     """
 
     embedding: Arrays
@@ -44,11 +47,14 @@ class Batch:
     variant: Variant
     longest_query: int
     num_blocks: int
+    drafts: Arrays | None = None
 
 
 def build(scheduled: ScheduledBatch, rows: Rows, block_size: int) -> Batch:
     """Lay out a step, and bring what ``rows`` keeps up to date."""
     pairs = list(zip(scheduled.items, rows.assign(scheduled.items), strict=True))
+    if scheduled.has_drafts:
+        return _with_drafts(pairs, rows, block_size)
     decodes = [pair for pair in pairs if pair[1].has_token]
     chunks = [pair for pair in pairs if not pair[1].has_token]
     embedding, forward = _decodes(decodes, rows, block_size)
@@ -95,6 +101,11 @@ def idle_decodes(size: int, rows: Rows) -> tuple[Arrays, Arrays, Arrays]:
     )
 
 
+def idle_drafts(first: int, size: int) -> Arrays:
+    """Return the arrays of drafts of ``size`` decodes that change nothing, behind ``first`` rows."""
+    return {"token_ids": np.zeros(size, np.int64), "first": np.arange(first, first + size)}
+
+
 def no_chunks() -> Arrays:
     """Return the forward arrays of a step without any token."""
     names = {"rows": np.int64, "lengths": np.int32, "positions": np.int64, "slots": np.int64}
@@ -139,10 +150,37 @@ def fill_up(forward: Arrays, num_decodes: int, num_tokens: int, rows: Rows) -> A
     }
 
 
-def _decodes(decodes: Pairs, rows: Rows, block_size: int) -> tuple[Arrays, Arrays]:
-    positions = np.array([item.start for item, _ in decodes], np.int64)
+def _with_drafts(pairs: Pairs, rows: Rows, block_size: int) -> Batch:
+    """Lay out a step with drafts, in the order of its items."""
+    decodes = [pair for pair in pairs for _ in range(pair[0].num_tokens)]
+    offsets = np.concatenate([np.arange(item.num_tokens) for item, _ in pairs])
+    for item, row in pairs:
+        assert row.has_token
+        if item.seq.sampling.min_tokens:
+            rows.mask_ends(item, row)
+    embedding, forward = _decodes(decodes, rows, block_size, offsets)
+    token_ids = [token for item, _ in pairs for token in (item.seq.token_ids[item.start], *item.drafts)]
+    sampling = _sampling(decodes, rows) | {"positions": forward["positions"] + 1}
+    return Batch(
+        embedding=embedding,
+        forward=forward,
+        sampling=sampling,
+        samples=[item for item, _ in decodes],
+        order=list(range(len(decodes))),
+        pictures=[],
+        variant=rows.variant([row for _, row in pairs]),
+        longest_query=0,
+        num_blocks=int(-(-forward["lengths"].max() // block_size)),
+        drafts={"token_ids": np.array(token_ids, np.int64), "first": np.arange(len(decodes)) - offsets},
+    )
+
+
+def _decodes(decodes: Pairs, rows: Rows, block_size: int, offsets: Array | int = 0) -> tuple[Arrays, Arrays]:
+    """Lay out a row for each, which runs the token so far behind the item's start."""
+    positions = np.array([item.start for item, _ in decodes], np.int64) + offsets
     indices = np.array([row.index for _, row in decodes], np.int64)
-    blocks = np.array([item.seq.block_table[item.start // block_size] for item, _ in decodes], np.int32)
+    places = zip(decodes, (positions // block_size).tolist(), strict=True)
+    blocks = np.array([item.seq.block_table[place] for (item, _), place in places], np.int32)
     embedding: Arrays = {"table_places": indices * rows.longest + positions // block_size, "table_blocks": blocks}
     forward: Arrays = {
         "rows": indices,

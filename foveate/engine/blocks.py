@@ -95,13 +95,22 @@ class BlockAllocator:
             self._refs[block] += 1
         return [*cached, *(self._take() for _ in range(num_new))]
 
-    def extend(self, block_table: list[int], num_tokens: int) -> bool:
-        """Give a table the blocks it lacks for ``num_tokens`` tokens, or change nothing and return False."""
+    def extend(self, block_table: list[int], num_tokens: int, *, spare: int = 0) -> bool:
+        """Give a table the blocks it lacks for ``num_tokens`` tokens, or change nothing and return False.
+
+        If it lacks any, ``spare`` blocks must be free afterwards.
+        """
         missing = self.blocks_for(num_tokens) - len(block_table)
-        if missing > self.num_free:
+        if missing > max(self.num_free - spare, 0):
             return False
         block_table.extend(self._take() for _ in range(missing))
         return True
+
+    def shrink(self, block_table: list[int], num_tokens: int) -> None:
+        """Let go of the blocks at a table's end that ``num_tokens`` tokens do not need."""
+        surplus = block_table[self.blocks_for(num_tokens) :]
+        del block_table[self.blocks_for(num_tokens) :]
+        self.free(surplus)
 
     def free(self, block_table: list[int]) -> None:
         """Let go of a table's blocks and empty the table.

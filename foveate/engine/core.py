@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections import deque
+from itertools import accumulate, groupby
 
 import msgspec
 import numpy as np
@@ -24,13 +25,14 @@ from foveate.engine.messages import (
     Reply,
     Request,
     Step,
+    TokenLogprob,
 )
 from foveate.engine.runner import Launched, ModelRunner
 from foveate.engine.sampling import Sampled
 from foveate.engine.scheduler import Scheduler
 from foveate.engine.sequence import ImageSpan, Sequence
 from foveate.engine.state import SequenceState, state_of
-from foveate.engine.step import ScheduledBatch
+from foveate.engine.step import SampledToken, ScheduledBatch
 from foveate.errors import EngineError, FoveateError, InvalidRequest
 from foveate.transport.handle import Embeddings
 from foveate.transport.sources import Sources
@@ -158,21 +160,14 @@ class EngineCore:
         return self.runner.launch(batch)
 
     def _chunks(self, batch: ScheduledBatch, sampled: Sampled) -> list[Chunk]:
-        logprobs = {item.seq: logprob for item, logprob in zip(batch.sampling, sampled.logprobs, strict=True)}
+        sampling = batch.sampling
+        first = accumulate((item.num_choices for item in sampling), initial=0)
+        places = {item.seq: place for item, place in zip(sampling, first, strict=False)}
         results = self.scheduler.update(batch, sampled.token_ids)
         now = time.monotonic()
         return [
-            Chunk(
-                request_id=result.seq.request_id,
-                index=result.seq.index,
-                token_ids=[] if result.finish_reason == "stop" else [result.token_id],
-                logprobs=[logprob] if (logprob := logprobs[result.seq]) and result.finish_reason != "stop" else None,
-                finish_reason=result.finish_reason,
-                stop_token=result.token_id if result.finish_reason == "stop" else None,
-                num_cached_tokens=result.seq.num_cached_tokens,
-                times=state_of(result.seq).take_times(now),
-            )
-            for result in results
+            _chunk(seq, list(tokens), sampled.logprobs[places[seq] :], now)
+            for seq, tokens in groupby(results, lambda result: result.seq)
         ]
 
     def _give_up(self, batch: ScheduledBatch) -> list[Failure]:
@@ -235,6 +230,23 @@ class EngineCore:
             outside = next((token_id for token_id in ids if not 0 <= token_id < vocab_size), None)
             if outside is not None:
                 raise InvalidRequest(f"{name} has token id {outside}, and the vocabulary ends at {vocab_size - 1}")
+
+
+def _chunk(seq: Sequence, results: list[SampledToken], logprobs: list[TokenLogprob | None], now: float) -> Chunk:
+    """Return what a step has to say of a sequence, from its tokens and the log-probabilities from its first one on."""
+    last = results[-1]
+    stopped = last.finish_reason == "stop"
+    token_ids = [result.token_id for result in results[: len(results) - stopped]]
+    return Chunk(
+        request_id=seq.request_id,
+        index=seq.index,
+        token_ids=token_ids,
+        logprobs=[one for one in logprobs[: len(token_ids)] if one is not None] or None,
+        finish_reason=last.finish_reason,
+        stop_token=last.token_id if stopped else None,
+        num_cached_tokens=seq.num_cached_tokens,
+        times=state_of(seq).take_times(now),
+    )
 
 
 def _signed(seed: int) -> int:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.engine.batch import Batch, fill_up, idle_decodes, no_chunks
+from foveate.engine.batch import Batch, fill_up, idle_decodes, idle_drafts, no_chunks
 from foveate.engine.inputs import EmbeddingInputs, ForwardInputs
 from foveate.engine.rows import Rows
 from foveate.engine.sampling import SamplingInputs, Variant
 from foveate.engine.upload import Arrays, upload
+from foveate.engine.verification import DraftInputs
 
 T = TypeVar("T")
 _ROW_BYTES, _TOKEN_BYTES, _BYTES = 256, 16, 4096
@@ -74,6 +75,17 @@ class Steps(Protocol):
         """Return logits [sequences, vocab_size] and the chosen tokens [sequences] of a step that only decodes."""
         ...
 
+    def verify(
+        self,
+        embedding: EmbeddingInputs,
+        forward: ForwardInputs,
+        sampling: SamplingInputs,
+        drafts: DraftInputs,
+        variant: Variant,
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits [rows, vocab_size] and the chosen tokens [rows] of a step with drafts."""
+        ...
+
     def forward(self, x: Tensor, inputs: ForwardInputs, longest_query: int) -> Tensor:
         """Return the logits [samples, vocab_size] of a step with chunks, from its embeddings [tokens, hidden]."""
         ...
@@ -82,7 +94,8 @@ class Steps(Protocol):
 class StepGraphs:
     """The graphs of one runner.
 
-    Steps that only decode are graphs from the newest tokens to the next ones, by size and way of sampling. Those with
+    Steps that only decode are graphs from the newest tokens to the next ones, by size and way of sampling; with drafts
+    they are others, of fewer sizes. Those with
     chunks are graphs from the embeddings to the logits, by the number of tokens; with many tokens the device takes
     longer than the host needs to launch, and they need none.
 
@@ -92,17 +105,20 @@ class StepGraphs:
         x: [tokens, hidden], where the embeddings of a step with chunks go: those of the decodes, as many as there may
             be, and then of the chunks.
         recorder: makes the graphs.
+        most_rows: rows of a step with drafts; 0 if there are none.
     """
 
-    def __init__(self, steps: Steps, rows: Rows, x: Tensor, recorder: Recorder) -> None:
+    def __init__(self, steps: Steps, rows: Rows, x: Tensor, recorder: Recorder, most_rows: int = 0) -> None:
         self._steps, self._rows, self._x, self._recorder = steps, rows, x, recorder
         self._most = rows.padding
         self._decode_sizes = decode_sizes(self._most)
         self._forward_sizes = forward_sizes(self._most, len(x))
-        size = _ROW_BYTES * self._most + _TOKEN_BYTES * len(x) + _BYTES
+        self._verify_sizes = verify_sizes(most_rows)
+        size = _ROW_BYTES * max(self._most, most_rows) + _TOKEN_BYTES * len(x) + _BYTES
         self._inputs = torch.zeros(size, dtype=torch.uint8, device=rows.device)
         self._idle = cache(lambda size: idle_decodes(size, rows))
         self._decodes: dict[tuple[int, Variant], tuple[Callable[[], None], tuple[Tensor, Tensor]]] = {}
+        self._verifications: dict[tuple[int, Variant], tuple[Callable[[], None], tuple[Tensor, Tensor]]] = {}
         self._forwards: dict[int, tuple[Callable[[], None], Tensor]] = {}
 
     @torch.inference_mode()
@@ -113,6 +129,8 @@ class StepGraphs:
         for variant in variants:
             for size in self._decode_sizes:
                 self._decode_step(size, variant)()
+            for size in self._verify_sizes:
+                self._verify_step(size, variant)()
 
     def capture(self, variants: Iterable[Variant]) -> None:
         """Capture what may be needed, the largest first: the others fit into its memory."""
@@ -121,6 +139,8 @@ class StepGraphs:
         for variant in variants:
             for size in reversed(self._decode_sizes):
                 self._decode_graph(size, variant)
+            for size in reversed(self._verify_sizes):
+                self._verify_graph(size, variant)
 
     def decode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run a step that only decodes.
@@ -134,6 +154,24 @@ class StepGraphs:
         groups = [batch.embedding, batch.forward, batch.sampling]
         if number < size:
             filling = self._idle(size - number)
+            groups = [_joined(group, behind) for group, behind in zip(groups, filling, strict=True)]
+        upload(*groups, device=self._rows.device, into=self._inputs)
+        replay()
+        return results
+
+    def verify(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a step with drafts.
+
+        Returns:
+            logits and chosen tokens, of more rows than there are, until the next step
+        """
+        assert batch.drafts is not None
+        number = len(batch.samples)
+        size = next(size for size in self._verify_sizes if size >= number)
+        replay, results = self._verify_graph(size, batch.variant)
+        groups = [batch.embedding, batch.forward, batch.sampling, batch.drafts]
+        if number < size:
+            filling = (*self._idle(size - number), idle_drafts(number, size - number))
             groups = [_joined(group, behind) for group, behind in zip(groups, filling, strict=True)]
         upload(*groups, device=self._rows.device, into=self._inputs)
         replay()
@@ -166,6 +204,14 @@ class StepGraphs:
         return found
 
     @torch.inference_mode()
+    def _verify_graph(self, size: int, variant: Variant) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        found = self._verifications.get((size, variant))
+        if found is None:
+            step = self._verify_step(size, variant)
+            found = self._verifications[size, variant] = self._recorder.record(step)
+        return found
+
+    @torch.inference_mode()
     def _forward_graph(self, size: int) -> tuple[Callable[[], None], Tensor]:
         found = self._forwards.get(size)
         if found is None:
@@ -180,6 +226,13 @@ class StepGraphs:
         )
         return lambda: self._steps.decode(embedding, forward, sampling, variant)
 
+    def _verify_step(self, size: int, variant: Variant) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Return the same for a step with drafts."""
+        groups = upload(*self._idle(size), idle_drafts(0, size), device=self._rows.device, into=self._inputs)
+        kinds = (EmbeddingInputs, ForwardInputs, SamplingInputs, DraftInputs)
+        embedding, forward, sampling, drafts = (kind(**group) for kind, group in zip(kinds, groups, strict=True))
+        return lambda: self._steps.verify(embedding, forward, sampling, drafts, variant)
+
     def _forward_step(self, size: int) -> Callable[[], Tensor]:
         """Return the same for a step with chunks."""
         idle = fill_up(no_chunks(), self._most, size, self._rows)
@@ -188,14 +241,20 @@ class StepGraphs:
         return lambda: self._steps.forward(self._x[:size], inputs, size - self._most)
 
 
-def graphs_bytes(most: int, num_tokens: int) -> int:
+def graphs_bytes(most: int, num_tokens: int, most_rows: int = 0) -> int:
     """Return about what the graphs take of the device's memory, beside what their steps need."""
-    return (2 * len(decode_sizes(most)) + len(forward_sizes(most, num_tokens))) * _GRAPH_BYTES
+    sizes = decode_sizes(most) + verify_sizes(most_rows)
+    return (2 * len(sizes) + len(forward_sizes(most, num_tokens))) * _GRAPH_BYTES
 
 
 def decode_sizes(most: int) -> list[int]:
     """Return the sizes of batches that only decode, ascending: 1, 2, 4, multiples of 8, and the largest."""
     return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+def verify_sizes(most: int) -> list[int]:
+    """Return the numbers of rows of steps with drafts, ascending: few, since a row that is nobody's costs little."""
+    return sorted({size for size in (4, 8, 16, 32) if size < most} | {most}) if most else []
 
 
 def forward_sizes(num_decodes: int, most: int) -> list[int]:

@@ -73,6 +73,7 @@ class PagedAttention:
         cos_sin: see :func:`foveate.kernels.reference.rotary_write`.
         heads: query heads.
         longest_query: tokens of the longest chunk, or more.
+        has_drafts: whether several decodes may be of one sequence.
     """
 
     def __init__(
@@ -83,21 +84,25 @@ class PagedAttention:
         cos_sin: Tensor,
         heads: int,
         longest_query: int,
+        has_drafts: bool = False,
     ) -> None:
         self._inputs, self._caches, self._cos_sin, self._heads = inputs, caches, cos_sin, heads
-        self._longest_query = longest_query
+        self._longest_query, self._has_drafts = longest_query, has_drafts
         self._decode_tables, self._chunk_tables = tables
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[tokens, heads, head_dim], in the order of the step's tokens."""
         inputs, (keys, values, offset) = self._inputs, self._caches[layer]
-        if self._chunk_tables is None:
+        # A fused decode may read another one's key before it is written.
+        if self._chunk_tables is None and not self._has_drafts:
             return ops.fused_decode(
                 qkv, self._cos_sin, inputs.positions, inputs.slots, keys, values, self._decode_tables, inputs.lengths,
                 self._heads, offset,
             )  # fmt: skip
         # The whole step's keys come first: sequences of one step may share blocks.
         query = ops.rotary_write(qkv, self._cos_sin, inputs.positions, inputs.slots, keys, values, self._heads, offset)
+        if self._chunk_tables is None:
+            return ops.paged_decode_attention(query, keys, values, self._decode_tables, inputs.lengths, offset)
         num_decodes = len(inputs.rows)
         assert inputs.query_offsets is not None
         assert inputs.key_lengths is not None

@@ -169,6 +169,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
     preemptions: int
     finished: int
     aborted: int

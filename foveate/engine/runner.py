@@ -27,9 +27,11 @@ from foveate.engine.sampling import (
     to_host,
 )
 from foveate.engine.sequence import Sequence
+from foveate.engine.speculation import most_rows
 from foveate.engine.state import SequenceState, state_of
 from foveate.engine.step import ScheduledBatch
 from foveate.engine.upload import upload
+from foveate.engine.verification import DraftInputs, choose_behind, is_good, keep_newest
 from foveate.errors import ConfigError
 from foveate.kernels import ops
 from foveate.kernels.kv_cache import FP8, KeyOffset
@@ -87,6 +89,7 @@ class ModelRunner:
             _store_by_columns(model)
         self.block_size = settings.tokens_per_block(on_gpu=model.embed_tokens.weight.is_cuda)
         self._max_num_tokens = settings.max_num_tokens
+        self._most_drafts, self._most_rows = settings.speculative_tokens, most_rows(settings)
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._rows = Rows(
@@ -144,10 +147,10 @@ class ModelRunner:
     def use_graphs(self, recorder: Recorder) -> None:
         """From now on, replay steps; ``recorder`` makes what is replayed."""
         most, config = self._rows.padding, self.model.config
-        self._logits = torch.zeros(most, config.vocab_size, device=self.device)
+        self._logits = torch.zeros(max(most, self._most_rows), config.vocab_size, device=self.device)
         tokens = min(most + self._max_num_tokens, MOST_TOKENS)
         x = torch.zeros(tokens, config.hidden_size, dtype=self.dtype, device=self.device)
-        self._graphs = StepGraphs(self, self._rows, x, recorder)
+        self._graphs = StepGraphs(self, self._rows, x, recorder, self._most_rows)
 
     def run_all(self) -> None:
         """Run the usual steps once that are graphs, with nothing in them."""
@@ -174,7 +177,9 @@ class ModelRunner:
     def launch(self, scheduled: ScheduledBatch) -> Launched:
         """Have the device run a step, behind those that were launched before. On a GPU nobody waits for it."""
         batch = build(scheduled, self._rows, self.block_size)
-        if self._graphs and not batch.longest_query:
+        if batch.drafts is not None:
+            logits, chosen = self._graphs.verify(batch) if self._graphs else self._verify(batch)
+        elif self._graphs and not batch.longest_query:
             logits, chosen = self._graphs.decode(batch)
         else:
             logits, chosen = self._run(batch)
@@ -184,7 +189,7 @@ class ModelRunner:
         """Wait for a step and read its results.
 
         Returns:
-            a token for each of ``scheduled.sampling``, in order
+            ``num_choices`` tokens for each of ``scheduled.sampling``, in order
         """
         if launched.finished is not None:
             launched.finished.synchronize()
@@ -234,10 +239,46 @@ class ModelRunner:
             return logits, ops.greedy(scores, sampling.rows, self._rows.tokens, logits)
         return logits, self._choose(logits.copy_(scores), sampling, variant)
 
+    def _verify(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Run a step with drafts from its arrays; return logits [rows, vocab_size] and chosen tokens [rows]."""
+        assert batch.drafts is not None
+        groups = upload(batch.embedding, batch.forward, batch.sampling, batch.drafts, device=self.device)
+        kinds = (EmbeddingInputs, ForwardInputs, SamplingInputs, DraftInputs)
+        embedding, forward, sampling, drafts = (kind(**group) for kind, group in zip(kinds, groups, strict=True))
+        width = None if self._has_kernels else batch.num_blocks
+        return self.verify(embedding, forward, sampling, drafts, batch.variant, width)
+
+    def verify(
+        self,
+        embedding: EmbeddingInputs,
+        forward: ForwardInputs,
+        sampling: SamplingInputs,
+        drafts: DraftInputs,
+        variant: Variant,
+        width: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`foveate.engine.graphs.Steps`; ``width``: blocks of each table that are looked at."""
+        rows = self._rows
+        # Not one by one, as decodes do: rows of one sequence read each other's blocks.
+        rows.tables.view(-1).index_copy_(0, embedding.table_places, embedding.table_blocks)
+        tables = rows.tables[:, :width].index_select(0, forward.rows)
+        hidden = self._layers(self.model.embed_tokens(drafts.token_ids), forward, (tables, None), 0, has_drafts=True)
+        scores = self.model.lm_head(hidden)
+        logits = self._logits[: len(scores)] if self._graphs else scores.new_empty(scores.shape, dtype=torch.float32)
+        if variant == GREEDY:
+            nobody = torch.full_like(sampling.rows, rows.padding)
+            chosen = ops.greedy(scores, nobody, rows.tokens, logits)
+            counting = is_good(chosen, drafts)
+        else:
+            logits.copy_(scores)
+            chosen, counting = choose_behind(logits, sampling, drafts, rows.state, variant, self._most_drafts)
+        keep_newest(rows.tokens, chosen, counting, sampling, drafts)
+        return logits, chosen
+
     def forward(self, x: Tensor, inputs: ForwardInputs, longest_query: int) -> Tensor:
         """See :class:`foveate.engine.graphs.Steps`."""
         hidden = self._layers(x, inputs, self._tables(inputs, self._rows.tables), longest_query)
-        return self._logits.copy_(self.model.lm_head(hidden))
+        return self._logits[: self._rows.padding].copy_(self.model.lm_head(hidden))
 
     def _tables(self, inputs: ForwardInputs, tables: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the block tables of decodes and chunks."""
@@ -253,11 +294,17 @@ class ModelRunner:
         return embedded
 
     def _layers(
-        self, x: Tensor, inputs: ForwardInputs, tables: tuple[Tensor, Tensor | None], longest_query: int
+        self,
+        x: Tensor,
+        inputs: ForwardInputs,
+        tables: tuple[Tensor, Tensor | None],
+        longest_query: int,
+        *,
+        has_drafts: bool = False,
     ) -> Tensor:
         """Return the hidden states of the tokens that are sampled: [samples, hidden]."""
         heads = self.model.config.num_attention_heads
-        attention = PagedAttention(inputs, self._caches, tables, self._cos_sin, heads, longest_query)
+        attention = PagedAttention(inputs, self._caches, tables, self._cos_sin, heads, longest_query, has_drafts)
         hidden = self.model.run(x, attention)
         return hidden if inputs.sampled is None else hidden.index_select(0, inputs.sampled)
 

@@ -116,10 +116,8 @@ def choose(logits: Tensor, inputs: SamplingInputs, state: SamplingState, variant
     Returns:
         int64 [rows]
     """
-    scores = _adjusted(logits, inputs, state) if variant.adjusts else logits
-    chosen = scores.argmax(dim=-1)
-    if variant.draws:
-        chosen = torch.where(inputs.temperature > 0, _draw(scores, inputs, variant.width), chosen)
+    counts = state.counts.index_select(0, inputs.rows) if variant.adjusts else None
+    chosen = pick(logits, inputs, counts, state.bias, variant)
     if variant.adjusts:
         # The places in one dimension: adding at pairs of indices would sort them first.
         state.counts.view(-1).scatter_add_(
@@ -128,16 +126,24 @@ def choose(logits: Tensor, inputs: SamplingInputs, state: SamplingState, variant
     return chosen
 
 
-def _adjusted(logits: Tensor, inputs: SamplingInputs, state: SamplingState) -> Tensor:
+def pick(logits: Tensor, inputs: SamplingInputs, counts: Tensor | None, bias: Tensor, variant: Variant) -> Tensor:
+    """Choose the next token of each row; ``counts`` [rows, vocab_size] only where the variant adjusts: int64 [rows]."""
+    scores = logits if counts is None else _adjusted(logits, inputs, counts, bias)
+    chosen = scores.argmax(dim=-1)
+    if variant.draws:
+        chosen = torch.where(inputs.temperature > 0, _draw(scores, inputs, variant.width), chosen)
+    return chosen
+
+
+def _adjusted(logits: Tensor, inputs: SamplingInputs, counts: Tensor, bias: Tensor) -> Tensor:
     """Apply penalties and bias. Where they are neutral, nothing changes, not even in the last bit."""
-    counts = state.counts.index_select(0, inputs.rows)
     repetition, presence, frequency = (
         column.unsqueeze(1) for column in (inputs.repetition, inputs.presence, inputs.frequency)
     )
     seen = counts > 0
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
     scores = torch.where(seen, repeated, logits) - frequency * counts - presence * seen
-    return scores + state.bias.index_select(0, inputs.rows)
+    return scores + bias.index_select(0, inputs.rows)
 
 
 def _draw(scores: Tensor, inputs: SamplingInputs, width: int) -> Tensor:

@@ -10,6 +10,10 @@ anybody knows the tokens that it chooses. They have their places already (:attr:
 runner has them on the device. A sequence that turns out to have ended has a part in one more step, whose token
 for it is dropped. Aborts and preemptions need not wait for open steps either.
 
+With speculation (:mod:`foveate.engine.speculation`), a step in which everybody decodes runs guesses behind the newest
+tokens. How many tokens it brings is known only when it has ended, and guesses need the newest tokens: so no step is
+scheduled behind an open one that has drafts, nor while anybody has guesses. Nobody loses a block to a guess.
+
 The code leans on these invariants:
 
 * Only the last running sequence can be in the middle of its prompt: it took all that was left, so nobody
@@ -35,11 +39,13 @@ generated. The oldest never gives up its blocks, so there is always progress.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice, zip_longest
 
 from foveate.config import EngineSettings
 from foveate.engine.blocks import BlockAllocator
 from foveate.engine.messages import FinishReason, Stats
 from foveate.engine.sequence import Sequence, SequenceStatus
+from foveate.engine.speculation import Speculation, can_draft
 from foveate.engine.step import SampledToken, ScheduledBatch, ScheduledSeq
 from foveate.errors import ContextLengthExceeded, EngineError, Overloaded
 
@@ -79,6 +85,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.depth = depth
         self._open: deque[ScheduledBatch] = deque()
+        self._speculation = Speculation(settings, self.allocator)
         self._steps = self._preemptions = self._finished = self._aborted = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
 
@@ -112,7 +119,10 @@ class Scheduler:
         """
         if len(self._open) > self.depth:
             raise EngineError(f"cannot schedule another step while {len(self._open)} are open")
+        if self._open and self._speculation.awaits(self._open, self.running):
+            return None
         self._make_room()
+        can_have_drafts = not self._open and can_draft(self.running)
         items: list[ScheduledSeq] = []
         budget = self._budget()
         for seq in self.running:
@@ -123,8 +133,11 @@ class Scheduler:
         while budget and (admitted := self._admit_next()) is not None:
             items.append(self._chunk(admitted, budget))
             budget -= items[-1].num_tokens
+            can_have_drafts = False
         if not items:
             return None
+        if can_have_drafts:
+            items = self._speculation.with_drafts(items)
         batch = ScheduledBatch(tuple(items))
         self._open.append(batch)
         return batch
@@ -134,10 +147,11 @@ class Scheduler:
 
         Args:
             batch: the step.
-            sampled: the chosen tokens' ids, one for each of ``batch.sampling``, in order.
+            sampled: the chosen tokens' ids, ``num_choices`` for each of ``batch.sampling``, in order.
 
         Returns:
-            the tokens of all sequences that had not ended before, in the same order
+            the tokens of all sequences that had not ended before, in the same order; those behind a wrong draft, or
+            behind a sequence's end, are left out
 
         Raises:
             EngineError: this is not the oldest open step, or there are too few or too many tokens.
@@ -145,15 +159,17 @@ class Scheduler:
         sampling = batch.sampling
         if not self._open or batch is not self._open[0]:
             raise EngineError("this step is not the oldest open one")
-        if len(sampled) != len(sampling):
+        if len(sampled) != sum(item.num_choices for item in sampling):
             raise EngineError(f"the step chose {len(sampled)} tokens for {len(sampling)} sequences")
         self._open.popleft()
         self._steps += 1
-        results = []
-        for item, token_id in zip(sampling, sampled, strict=True):
+        results: list[SampledToken] = []
+        chosen = iter(sampled)
+        for item in sampling:
+            token_ids = list(islice(chosen, item.num_choices))
             item.seq.num_pending -= 1
             if item.seq.status is not SequenceStatus.FINISHED:
-                results.append(self._take_token(item.seq, token_id))
+                results += self._take_tokens(item, token_ids)
         self._drop_finished()
         return results
 
@@ -199,6 +215,8 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
+            draft_tokens=self._speculation.num_drafts,
+            accepted_tokens=self._speculation.num_accepted,
             preemptions=self._preemptions,
             finished=self._finished,
             aborted=self._aborted,
@@ -240,6 +258,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.allocator.free(seq.block_table)
         seq.num_computed_tokens = seq.num_offered_blocks = 0
+        seq.is_decoding = False
         seq.num_preemptions += 1
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
@@ -288,6 +307,7 @@ class Scheduler:
         samples = end == seq.num_placed
         seq.num_computed_tokens = end
         seq.num_pending += samples
+        seq.is_decoding |= samples
         self._register(seq)
         return ScheduledSeq(seq, start, end - start, samples, tuple(seq.block_table[start // size : end // size]))
 
@@ -323,6 +343,19 @@ class Scheduler:
     def _hashes(self, seq: Sequence) -> list[bytes]:
         return seq.block_hashes(self.allocator.block_size) if self.allocator.enable_prefix_caching else []
 
+    def _take_tokens(self, item: ScheduledSeq, token_ids: list[int]) -> list[SampledToken]:
+        """Take what a step chose, as long as it ran the right tokens."""
+        results: list[SampledToken] = []
+        for token_id, draft in zip_longest(token_ids, item.drafts):
+            if results:  # The draft before this was right, and so are its keys and values.
+                item.seq.num_computed_tokens += 1
+                self._register(item.seq)
+            results.append(self._take_token(item.seq, token_id))
+            if token_id != draft or results[-1].finish_reason is not None:
+                break
+        self._speculation.note(item, len(results) - 1)
+        return results
+
     def _take_token(self, seq: Sequence, token_id: int) -> SampledToken:
         reason = seq.check_stop(token_id)
         if reason != "stop":
@@ -346,6 +379,7 @@ class Scheduler:
         self.allocator.free(seq.block_table)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
+        self._speculation.forget(seq)
 
     def _drop_finished(self) -> None:
         self.running = [seq for seq in self.running if seq.status is not SequenceStatus.FINISHED]

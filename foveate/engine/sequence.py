@@ -78,6 +78,8 @@ class Sequence:
         num_computed_tokens: how many of its first tokens have their keys and values in those blocks, or get them in a
             step that is open.
         num_pending: tokens that open steps choose for it. They are not in ``token_ids`` yet, but have their places.
+        is_decoding: whether a step has chosen a token for it since it was admitted. From then on the runner has its
+            newest token and its block table.
         num_offered_blocks: how many of its first blocks were offered to the prefix cache.
         num_cached_tokens: how many of those a prefix hit supplied when the sequence was first admitted.
         num_preemptions: how often it lost its blocks to another sequence.
@@ -105,6 +107,7 @@ class Sequence:
     block_table: list[int] = field(init=False, default_factory=list)
     num_computed_tokens: int = field(init=False, default=0)
     num_pending: int = field(init=False, default=0)
+    is_decoding: bool = field(init=False, default=False)
     num_offered_blocks: int = field(init=False, default=0)
     num_cached_tokens: int = field(init=False, default=0)
     num_preemptions: int = field(init=False, default=0)

@@ -13,8 +13,10 @@ class ScheduledSeq:
     """One sequence's part in a step: its tokens ``[start, start + num_tokens)``, of which the last may be pending.
 
     Attributes:
-        samples: whether the last of them is the newest token, so that the step chooses the next one.
-        filled: blocks that this part fills to the end.
+        samples: whether the newest token is among them, so that the step chooses the next one.
+        filled: blocks that this part fills to the end, drafts aside.
+        drafts: guesses of the tokens behind the newest one, which are the last of them; the step chooses a token behind
+            each. Only in a step where every sequence has its newest token and nothing else but drafts.
     """
 
     seq: Sequence
@@ -22,6 +24,12 @@ class ScheduledSeq:
     num_tokens: int
     samples: bool
     filled: tuple[int, ...] = ()
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def num_choices(self) -> int:
+        """Tokens that the step chooses here."""
+        return self.samples + len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,10 +48,15 @@ class ScheduledBatch:
         """The items whose next token the step chooses, in order."""
         return [item for item in self.items if item.samples]
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether anybody's tokens were guessed."""
+        return any(item.drafts for item in self.items)
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What a step chose for one sequence.
+    """A token that a step chose for one sequence.
 
     With the ``finish_reason`` ``"stop"``, ``token_id`` ended the answer and is no part of it.
     """

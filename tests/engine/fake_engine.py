@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import groupby
 from typing import Any, Literal
 
 from foveate.config import EngineSettings
@@ -54,13 +55,23 @@ def next_token(context: list[Record]) -> int:
     return hash(tuple(context)) // VOCAB % VOCAB  # The hash of integers is the same in every process.
 
 
-def answer_alone(seq: Sequence) -> tuple[list[int], str]:
+def repeating_token(context: list[Record]) -> int:
+    """Choose a token as a function of the last two, mostly, so that answers repeat themselves for a while."""
+    if len(context) % 7 == 0:
+        return next_token(context)
+    return hash(tuple(token for token, *_ in context[-2:])) // VOCAB % VOCAB
+
+
+Choose = Callable[[list[Record]], int]
+
+
+def answer_alone(seq: Sequence, choose: Choose = next_token) -> tuple[list[int], str]:
     """Return the answer and its finish reason, without any scheduler, cache or neighbour."""
     context = records(seq.token_ids[: seq.num_prompt_tokens], seq.images)
     answer: list[int] = []
     ends = set(seq.sampling.stop_token_ids) | (set() if seq.sampling.ignore_eos else {EOS})
     while True:
-        token = next_token(context)
+        token = choose(context)
         if token in ends and len(answer) >= seq.sampling.min_tokens:
             return answer, "stop"
         answer.append(token)
@@ -79,6 +90,7 @@ class Part:
     samples: bool
     block_table: list[int]
     known: list[int]
+    drafts: list[int]
 
 
 @dataclass
@@ -86,6 +98,7 @@ class FakeModel:
     """A KV cache of records, one a slot, and the newest token of every sequence."""
 
     block_size: int
+    choose: Choose = next_token
     slots: dict[int, Record] = field(default_factory=dict)
     newest: dict[Sequence, int] = field(default_factory=dict)
 
@@ -98,7 +111,7 @@ class FakeModel:
         return [
             Part(
                 item.seq, item.start, item.start + item.num_tokens, item.samples, list(item.seq.block_table),
-                list(item.seq.token_ids),
+                list(item.seq.token_ids), list(item.drafts),
             )
             for item in batch.items
         ]  # fmt: skip
@@ -110,7 +123,9 @@ class FakeModel:
         written: set[int] = set()
         contents = []
         for part in parts:
-            tokens = part.known if part.end <= len(part.known) else [*part.known, self.newest[part.seq]]
+            tokens = [*part.known, *part.drafts]
+            if not part.drafts and part.end == len(part.known) + 1:
+                tokens.append(self.newest[part.seq])
             assert part.end <= len(tokens), "a step runs a token that nobody has chosen"
             contents.append(records(tokens, part.seq.images)[: part.end])
             for position in range(part.start, part.end):
@@ -123,8 +138,11 @@ class FakeModel:
             context = [self.slots[self.slot(part, position)] for position in range(part.end)]
             assert context == own, f"{part.seq} reads what is not its own"
             if part.samples:
-                self.newest[part.seq] = next_token(context)
-                sampled.append(self.newest[part.seq])
+                first = part.end - len(part.drafts)
+                chosen = [self.choose(context[:end]) for end in range(first, part.end + 1)]
+                good = next((n for n, draft in enumerate(part.drafts) if chosen[n] != draft), len(part.drafts))
+                self.newest[part.seq] = chosen[good]
+                sampled += chosen
         return sampled
 
     def fail(self, parts: list[Part]) -> None:
@@ -143,13 +161,21 @@ class Engine:
     With ``late``, a step runs when its results are wanted, otherwise when it is launched.
     """
 
-    def __init__(self, *, num_blocks: int, depth: int = 0, late: bool = False, **engine_settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        depth: int = 0,
+        late: bool = False,
+        choose: Choose = next_token,
+        **engine_settings: Any,
+    ) -> None:
         self.settings = EngineSettings.model_validate({"block_size": 4, **engine_settings})
         self.block_size = self.settings.tokens_per_block(on_gpu=False)
         self.scheduler = Scheduler(
             self.settings, num_blocks=num_blocks, block_size=self.block_size, max_seq_len=MAX_SEQ_LEN, depth=depth
         )
-        self.model = FakeModel(self.block_size)
+        self.model = FakeModel(self.block_size, choose)
         self.late = late
         self.open: deque[tuple[ScheduledBatch, list[Part], Callable[[], list[int]]]] = deque()
         self.ran: set[Sequence] = set()
@@ -190,7 +216,7 @@ class Engine:
         batch, _, run = self.open.popleft()
         expected = [item.seq for item in batch.sampling if item.seq not in self.ended]
         results = self.scheduler.update(batch, run())
-        assert [result.seq for result in results] == expected
+        assert [seq for seq, _ in groupby(results, lambda result: result.seq)] == expected
         self._collect(results)
 
     def _fail(self, first: int) -> None:
@@ -225,7 +251,7 @@ class Engine:
             assert self.ended[seq] == seq.finish_reason
             assert self.sent[seq] == seq.output_token_ids
             if seq.finish_reason != "abort":
-                assert (seq.output_token_ids, seq.finish_reason) == answer_alone(seq)
+                assert (seq.output_token_ids, seq.finish_reason) == answer_alone(seq, self.model.choose)
         stats = self.scheduler.stats()
         assert stats.free_blocks == stats.total_blocks
         assert (stats.num_running, stats.num_waiting) == (0, 0)
@@ -249,7 +275,8 @@ class Engine:
         assert all(seq.num_preemptions and not seq.block_table for seq in preempted)
         for item in batch.items:
             assert item.num_tokens >= 1
-            assert item.start + item.num_tokens == item.seq.num_computed_tokens
+            assert item.start + item.num_tokens - len(item.drafts) == item.seq.num_computed_tokens
+            assert item.seq.num_placed + len(item.drafts) <= item.seq.max_len
             assert item.samples == (item.seq.num_computed_tokens == item.seq.num_placed - item.samples)
             assert item.seq.num_pending <= 1 + self.scheduler.depth
             if item.seq not in self.admitted:

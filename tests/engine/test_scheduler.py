@@ -4,7 +4,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from fake_engine import MAX_SEQ_LEN, UNK, Engine, Fault, answer_alone, sequence
+from fake_engine import MAX_SEQ_LEN, UNK, Engine, Fault, answer_alone, next_token, repeating_token, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -65,6 +65,9 @@ configurations = st.fixed_dictionaries(
         "enable_prefix_caching": st.sampled_from([True, True, False]),
         "depth": st.sampled_from([0, 1, 1]),
         "late": st.booleans(),
+        "choose": st.sampled_from([next_token, repeating_token]),
+        "speculation": st.sampled_from(["none", "prompt_lookup"]),
+        "speculative_tokens": st.sampled_from([1, 2, 7]),
     }
 )
 
