@@ -95,13 +95,10 @@ class BlockAllocator:
             self._refs[block] += 1
         return [*cached, *(self._take() for _ in range(num_new))]
 
-    def extend(self, block_table: list[int], num_tokens: int, *, spare: int = 0) -> bool:
-        """Give a table the blocks it lacks for ``num_tokens`` tokens, or change nothing and return False.
-
-        If it lacks any, ``spare`` blocks must be free afterwards.
-        """
+    def extend(self, block_table: list[int], num_tokens: int) -> bool:
+        """Give a table the blocks it lacks for ``num_tokens`` tokens, or change nothing and return False."""
         missing = self.blocks_for(num_tokens) - len(block_table)
-        if missing > max(self.num_free - spare, 0):
+        if missing > self.num_free:
             return False
         block_table.extend(self._take() for _ in range(missing))
         return True

@@ -110,8 +110,6 @@ class Speculation:
     def __init__(self, settings: EngineSettings, allocator: BlockAllocator) -> None:
         self.num_drafts = self.num_accepted = 0
         self._allocator = allocator
-        # What is guaranteed to a sequence includes the blocks of its guesses.
-        self._spares = settings.scheduler_policy != "guaranteed_no_evict"
         self._most, self._most_rows = settings.speculative_tokens, most_rows(settings)
         self._lookups: dict[Sequence, PromptLookup] = {}
 
@@ -124,8 +122,7 @@ class Speculation:
     def with_drafts(self, items: list[ScheduledSeq]) -> list[ScheduledSeq]:
         """Put guesses behind the newest tokens of a step in which all sequences decode and know theirs."""
         guesses = self._guess({item.seq: item.seq.num_tokens for item in items})
-        spare = len(items) if self._spares else 0
-        return [self._extend(item, guesses[item.seq], spare) if item.seq in guesses else item for item in items]
+        return [self._extend(item, guesses[item.seq]) if item.seq in guesses else item for item in items]
 
     def note(self, item: ScheduledSeq, num_accepted: int) -> None:
         """Learn how many of an item's drafts were right, and take the others' blocks back."""
@@ -140,11 +137,14 @@ class Speculation:
         """Drop what is kept for a sequence that has ended."""
         self._lookups.pop(seq, None)
 
-    def _extend(self, item: ScheduledSeq, guessed: list[int], spare: int) -> ScheduledSeq:
-        """Add as many guesses as there are blocks for, with ``spare`` ones left for everybody's next token."""
-        table, num_tokens = item.seq.block_table, item.seq.num_tokens
-        if not self._allocator.extend(table, num_tokens + len(guessed), spare=spare):
-            guessed = guessed[: len(table) * self._allocator.block_size - num_tokens]
+    def _extend(self, item: ScheduledSeq, guessed: list[int]) -> ScheduledSeq:
+        """Add as many guesses as there are blocks for.
+
+        Nobody misses these blocks: before another step is scheduled, they hold tokens of the answer or are free again.
+        """
+        allocator, table, num_tokens = self._allocator, item.seq.block_table, item.seq.num_tokens
+        guessed = guessed[: (len(table) + allocator.num_free) * allocator.block_size - num_tokens]
+        allocator.extend(table, num_tokens + len(guessed))
         return replace(item, num_tokens=1 + len(guessed), drafts=tuple(guessed)) if guessed else item
 
     def _guess(self, lengths: dict[Sequence, int]) -> dict[Sequence, list[int]]:

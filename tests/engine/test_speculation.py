@@ -228,28 +228,39 @@ def test_a_step_with_a_prompt_has_no_drafts_and_is_not_waited_for() -> None:
     running.finish()
 
 
-def test_drafts_take_no_block_that_others_need() -> None:
-    # Block after block is taken, and the sequences meet the end of the cache together.
-    for num_blocks in range(18, 40):
-        preemptions = []
-        for speculation in ("none", "prompt_lookup"):
-            running = engine(
-                num_blocks=num_blocks, block_size=1, max_batch_size=2, scheduler_policy="max_utilization",
-                choose=loop, speculation=speculation,
-            )  # fmt: skip
-            running.add(*(sequence(name, [5, 6, 5], max_tokens=14, ignore_eos=True) for name in "ab"))
-            batch = running.step()
-            while batch is not None or running.scheduler.has_work:
-                tables = [len(seq.block_table) - seq.num_placed for seq in running.scheduler.running]
-                drafts = {item.seq: len(item.drafts) for item in batch.items} if batch and running.open else {}
-                assert all(
-                    surplus <= drafts.get(seq, 0)
-                    for seq, surplus in zip(running.scheduler.running, tables, strict=True)
-                )
-                batch = running.step()
-            running.finish()
-            preemptions.append(running.scheduler.stats().preemptions)
-        assert preemptions[1] <= preemptions[0]
+@pytest.mark.parametrize("policy", POLICIES)
+def test_wrong_drafts_keep_no_blocks(policy: str) -> None:
+    running = engine(num_blocks=60, block_size=1, max_batch_size=2, scheduler_policy=policy)
+    running.add(*(sequence(name, [5, number, 5, number], max_tokens=26) for number, name in enumerate("abcdef")))
+    while running.scheduler.has_work:
+        batch = running.step()
+        drafts = {item.seq: len(item.drafts) for item in batch.items} if batch is not None else {}
+        for seq in running.scheduler.running:
+            assert len(seq.block_table) <= max(seq.num_placed, seq.num_prompt_tokens) + drafts.get(seq, 0)
+    running.finish()
+    stats = running.scheduler.stats()
+    assert stats.draft_tokens > stats.accepted_tokens > 0
+
+
+def test_without_blocks_there_are_fewer_drafts_and_nobody_is_preempted_for_them() -> None:
+    # The first has five blocks, for ten tokens, and the second two: one is left, for two more.
+    running = engine(
+        num_blocks=8, block_size=2, max_batch_size=2, scheduler_policy="max_utilization", depth=0,
+        choose=lambda context: loop(context) if context[0][0] == 1 else 3 + len(context) % 5,
+    )  # fmt: skip
+    running.add(
+        sequence("a", [1, 2] * 4, max_tokens=8, ignore_eos=True), sequence("b", [3, 4], max_tokens=3, ignore_eos=True)
+    )
+    running.step()
+    batch = running.step()
+    assert chosen(batch) == [("a", [2, 1, 2]), ("b", [])]
+    running.finish()
+    assert running.scheduler.stats().preemptions == 0
+
+
+def chosen(batch: ScheduledBatch | None) -> list[tuple[str, list[int]]]:
+    assert batch is not None
+    return [(item.seq.request_id, list(item.drafts)) for item in batch.items]
 
 
 def test_blocks_filled_by_drafts_are_found_by_others() -> None:
@@ -309,6 +320,8 @@ def test_choices_count_up_to_the_first_wrong_draft() -> None:
     keep_newest(tokens, chosen, good, inputs_of([0, 0, 0, 0, 3, 1, 1, 1, 2, 2]), drafts)
     assert tokens[:4].tolist() == [0, 9, 0, 1]
     assert tokens[4] == -1
+    keep_newest(tokens, torch.tensor([1, 7]), torch.tensor([True, True]), inputs_of([4, 4]), drafts_of([5, 1]))
+    assert tokens[:5].tolist() == [0, 9, 0, 1, 7]
 
 
 def test_a_wrong_draft_stays_wrong_behind_a_match() -> None:

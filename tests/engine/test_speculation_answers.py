@@ -60,16 +60,17 @@ class Engine:
     ) -> None:
         defaults = {"max_seq_len": LENGTH, "num_kv_blocks": 256, "cuda_graphs": graphs, "speculation": speculation}
         self.settings = EngineSettings(**defaults | settings)
-        runner = ModelRunner(model, self.settings, LENGTH)
+        length = self.settings.max_seq_len or LENGTH
+        runner = ModelRunner(model, self.settings, length)
         if graphs and runner.device.type == "cpu":
             runner.use_graphs(Repeater())
         self.arena = LocalArena("test")
         self.core = EngineCore(
             runner,
-            Scheduler(self.settings, num_blocks=runner.num_blocks, max_seq_len=LENGTH, depth=depth),
+            Scheduler(self.settings, num_blocks=runner.num_blocks, max_seq_len=length, depth=depth),
             Sources(runner.device, self.arena),
             eos_token_ids=frozenset({700, 702}),
-            max_seq_len=LENGTH,
+            max_seq_len=length,
         )
         self.chunks: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
         self.number = 0
