@@ -254,8 +254,8 @@ def test_without_blocks_there_are_fewer_drafts_and_nobody_is_preempted_for_them(
     running.step()
     batch = running.step()
     assert chosen(batch) == [("a", [2, 1, 2]), ("b", [])]
-    running.finish()
     assert running.scheduler.stats().preemptions == 0
+    running.finish()
 
 
 def chosen(batch: ScheduledBatch | None) -> list[tuple[str, list[int]]]:
