@@ -26,6 +26,7 @@ class Workload:
         picture: width and height in pixels, or None for text alone.
         same_picture: whether all requests show one picture, which a cache may know.
         seed: makes the same requests again.
+        read_back: whether the answer shall be the question's words.
     """
 
     output_tokens: int
@@ -33,6 +34,7 @@ class Workload:
     picture: tuple[int, int] | None
     same_picture: bool
     seed: int
+    read_back: bool = False
 
     def bodies(self, model: str) -> Iterator[bytes]:
         """Yield request bodies, each with another question and, unless it is the same, another picture."""
@@ -41,7 +43,10 @@ class Workload:
         while True:
             # The number comes first: prompts that begin alike would hit the prefix cache.
             words = rng.choices(_WORDS, k=self.prompt_words)
-            content: list[dict[str, Any]] = [{"type": "text", "text": f"{rng.randrange(10**6)} {' '.join(words)}"}]
+            question = f"{rng.randrange(10**6)} {' '.join(words)}"
+            if self.read_back:
+                question += "\n\nRepeat the text above again and again, word for word, and say nothing else."
+            content: list[dict[str, Any]] = [{"type": "text", "text": question}]
             if picture is not None:
                 content.insert(0, {"type": "image_url", "image_url": {"url": picture}})
             yield msgspec.json.encode(

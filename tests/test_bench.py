@@ -171,6 +171,16 @@ def test_every_request_differs_and_a_seed_repeats_them() -> None:
     assert first != bodies(20, replace(WORKLOAD, seed=4))
 
 
+def test_text_to_read_back_is_asked_for() -> None:
+    def texts(workload: Workload) -> list[str]:
+        contents = [json.loads(body)["messages"][0]["content"] for body in bodies(3, workload)]
+        return [part["text"] for content in contents for part in content if "text" in part]
+
+    for plain, repeated in zip(texts(WORKLOAD), texts(replace(WORKLOAD, read_back=True)), strict=True):
+        assert repeated.startswith(plain + "\n")
+        assert "word for word" in repeated
+
+
 def test_pictures_differ_unless_the_same_is_wanted() -> None:
     def pictures(workload: Workload) -> set[str]:
         contents = [json.loads(body)["messages"][0]["content"] for body in bodies(6, workload)]

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from foveate.bench.counters import guesses
 from foveate.deploy.launch import LaunchFailed, launched
 from foveate.errors import ConfigError, FoveateError
 from foveate.workload import Workload
@@ -138,6 +139,8 @@ class Level:
     prompt_tokens: float
     cached_tokens: float
     image_tokens: float
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 def summarize(concurrency: int, seconds: float, outcomes: Sequence[Answer | str]) -> Level:
@@ -178,9 +181,11 @@ async def run_level(client: httpx.AsyncClient, bodies: Sequence[bytes], concurre
         for body in waiting:
             outcomes.append(await ask(client, body, tokens))
 
+    before = await guesses(client)
     started = time.perf_counter()
     await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
-    return summarize(concurrency, time.perf_counter() - started, outcomes)
+    level = summarize(concurrency, time.perf_counter() - started, outcomes)
+    return replace(level, **(await guesses(client)).since(before)._asdict())
 
 
 async def measure(
@@ -240,6 +245,9 @@ def print_table(title: str, results: Sequence[Level]) -> None:
     add("prompt tokens", lambda level: f"{level.prompt_tokens:.0f}")
     add("  from the prefix cache", lambda level: f"{level.cached_tokens:.0f}")
     add("  of pictures", lambda level: f"{level.image_tokens:.0f}")
+    if any(level.draft_tokens for level in results):
+        add("tokens guessed", lambda level: str(level.draft_tokens))
+        add("  right", lambda level: f"{100 * level.accepted_tokens / max(level.draft_tokens, 1):.0f} %")
     console.print(table)
     for level in results:
         for message, count in level.errors.items():
@@ -256,6 +264,7 @@ def command(
     prompt_words: int = 12,
     picture: str | None = None,
     same_picture: bool = False,
+    read_back: bool = False,
     warmup: int = 8,
     seed: int = 0,
     json: Path | None = None,
@@ -275,6 +284,7 @@ def command(
         prompt_words: Words of each question.
         picture: Show a picture of this size, such as 448x448, with each question.
         same_picture: Show the same picture each time, which the server may remember.
+        read_back: Ask for the question's own words again, which --speculation prompt_lookup makes faster.
         warmup: Requests before the first level; they are not counted.
         seed: Another number draws other questions and pictures.
         json: Write the results to this file as well.
@@ -290,7 +300,7 @@ def command(
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise ConfigError(f"--json: got {str(json)!r}, expected a file in a folder that exists")
     levels = [_positive("--concurrency", part, "integers such as 1,8") for part in concurrency.split(",")]
-    workload = Workload(output_tokens, prompt_words, _size(picture), same_picture, seed)
+    workload = Workload(output_tokens, prompt_words, _size(picture), same_picture, seed, read_back)
     try:
         with nullcontext((url, None)) if url is not None else launched(serve_flags) as (address, ready_seconds):
             key = os.environ.get("FOVEATE_API_KEY")
@@ -300,6 +310,7 @@ def command(
         # The server has said why on standard error.
         return error.exit_code if error.exit_code > 0 else 1
     scenario = "text" if picture is None else f"{picture} {'same ' if same_picture else ''}picture"
+    scenario += " to read back" if read_back else ""
     print_table(f"{model}: {scenario}, {output_tokens} tokens out", results)
     if ready_seconds is not None:
         print(f"from start to ready: {ready_seconds:.1f} s")
