@@ -110,8 +110,8 @@ class EngineSettings(Section):
     speculation: Literal["none", "prompt_lookup"] = "none"
     """prompt_lookup guesses tokens from earlier text and verifies several in one step: answers that repeat their prompt
     come faster, and stay the same."""
-    speculative_tokens: Annotated[int, Field(gt=0, le=32)] = 7
-    """Most tokens that are guessed at a time, for each sequence."""
+    speculative_tokens: PositiveInt = 7
+    """Most tokens that are guessed at a time, for each sequence; all together at most 63."""
     max_queue_size: PositiveInt = 256
     """Sequences that may wait; more are refused with status 503."""
 

@@ -27,7 +27,7 @@ from foveate.engine.sampling import (
     to_host,
 )
 from foveate.engine.sequence import Sequence
-from foveate.engine.speculation import most_rows
+from foveate.engine.speculation import most_drafts, most_rows
 from foveate.engine.state import SequenceState, state_of
 from foveate.engine.step import ScheduledBatch
 from foveate.engine.upload import upload
@@ -89,7 +89,7 @@ class ModelRunner:
             _store_by_columns(model)
         self.block_size = settings.tokens_per_block(on_gpu=model.embed_tokens.weight.is_cuda)
         self._max_num_tokens = settings.max_num_tokens
-        self._most_drafts, self._most_rows = settings.speculative_tokens, most_rows(settings)
+        self._most_drafts, self._most_rows = most_drafts(settings), most_rows(settings)
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._rows = Rows(

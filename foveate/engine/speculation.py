@@ -110,7 +110,7 @@ class Speculation:
     def __init__(self, settings: EngineSettings, allocator: BlockAllocator) -> None:
         self.num_drafts = self.num_accepted = 0
         self._allocator = allocator
-        self._most, self._most_rows = settings.speculative_tokens, most_rows(settings)
+        self._most, self._most_rows = most_drafts(settings), most_rows(settings)
         self._lookups: dict[Sequence, PromptLookup] = {}
 
     def awaits(self, batches: Iterable[ScheduledBatch], running: Listing[Sequence]) -> bool:
@@ -173,6 +173,11 @@ class Speculation:
 def can_draft(running: Iterable[Sequence]) -> bool:
     """Say whether a step of these sequences may have drafts: none of them is in its prompt."""
     return all(seq.is_decoding for seq in running)
+
+
+def most_drafts(settings: EngineSettings) -> int:
+    """Return how many guesses a sequence can have in a step."""
+    return min(settings.speculative_tokens, MOST_ROWS - 1)
 
 
 def most_rows(settings: EngineSettings) -> int:
