@@ -149,6 +149,23 @@ def test_a_slot_that_is_not_to_be_written() -> None:
         torch.testing.assert_close(cache, kept, rtol=0, atol=0, equal_nan=True)
 
 
+def test_rows_of_one_sequence_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_into_parts(monkeypatch)
+    case = Case(4, 2, 32, 16, torch.float32)
+    # The last keys of the first sequence are not there yet: its tokens are the rows of one step.
+    count, length = len(LENGTHS), LENGTHS[0]
+    positions = torch.arange(length - count, length, device=DEVICE)
+    tables = case.tables[:1].expand(count, -1).contiguous()
+    slots = tables[0][positions // 16].long() * 16 + positions % 16
+    for cache in case.caches:
+        cache.flatten(0, 1)[slots] = torch.nan
+    query = rotary_write(case.qkv, case.cos_sin, positions, slots, *case.caches, case.heads)
+    attended = paged_decode_attention(query, *case.caches, tables, (positions + 1).int())
+    key, value = (cache[tables[0].long()].flatten(0, 1)[:length] for cache in case.caches)
+    expected, terms = attention(query, key, value)
+    assert ((attended - expected).abs() <= terms * ROUNDING[torch.float32]).all()
+
+
 def test_no_sequences() -> None:
     case = Case(4, 2, 32, 16, torch.float32)
     attended = paged_decode_attention(case.query[:0], *case.caches, case.tables[:0], case.lengths[:0])
