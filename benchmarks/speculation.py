@@ -112,7 +112,13 @@ def run(model: Qwen2, texts: list[Text], settings: EngineSettings) -> tuple[floa
     assert settings.max_seq_len is not None
     gc.collect()  # A runner before this one, whose graphs know it.
     runner = ModelRunner(model, settings, settings.max_seq_len)
-    scheduler = Scheduler(settings, num_blocks=runner.num_blocks, max_seq_len=runner.max_seq_len, depth=runner.depth)
+    scheduler = Scheduler(
+        settings,
+        num_blocks=runner.num_blocks,
+        block_size=runner.block_size,
+        max_seq_len=runner.max_seq_len,
+        depth=runner.depth,
+    )
     sources = Sources(runner.device, LocalArena("benchmark"))
     core = EngineCore(runner, scheduler, sources, eos_token_ids=frozenset(), max_seq_len=runner.max_seq_len)
     seconds, before = 0.0, scheduler.stats()

@@ -265,7 +265,7 @@ class Engine:
         assert len(batch.items) <= self.settings.max_batch_size
         most = self.settings.max_mixed_tokens
         if most and any(item.seq in ran for item in batch.items):
-            of_prompts = sum(item.num_tokens for item in batch.items if item.num_tokens > 1)
+            of_prompts = sum(item.num_tokens for item in batch.items if item.num_tokens > 1 and not item.drafts)
             assert of_prompts <= max(1, most - self.settings.max_batch_size)
         seqs = [item.seq for item in batch.items]
         assert seqs == [seq for seq in self.scheduler.running if seq in seqs]

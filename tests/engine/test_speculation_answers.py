@@ -67,7 +67,13 @@ class Engine:
         self.arena = LocalArena("test")
         self.core = EngineCore(
             runner,
-            Scheduler(self.settings, num_blocks=runner.num_blocks, max_seq_len=length, depth=depth),
+            Scheduler(
+                self.settings,
+                num_blocks=runner.num_blocks,
+                block_size=runner.block_size,
+                max_seq_len=length,
+                depth=depth,
+            ),
             Sources(runner.device, self.arena),
             eos_token_ids=frozenset({700, 702}),
             max_seq_len=length,
@@ -156,6 +162,15 @@ def test_alone(sampling: dict[str, Any], make: Make) -> None:
     assert guessing.drafts[0] > 0
 
 
+def test_with_keys_and_values_of_8_bits(make: Make) -> None:
+    plain, guessing = (make(speculation=name, kv_cache_dtype="fp8") for name in ("none", "prompt_lookup"))
+    for engine in (plain, guessing):
+        engine.add(LOOP)
+        engine.add(OTHER)
+    same(guessing.finish(), plain.finish())
+    assert guessing.drafts[1] > 0
+
+
 def test_repeated_text_is_accepted_and_takes_fewer_steps(make: Make) -> None:
     engine = make()
     engine.add(LOOP, max_tokens=200)
@@ -192,11 +207,12 @@ def test_what_was_verified_is_a_good_prefix(make: Make) -> None:
     expected = plain.finish()
     same(guessing.finish(), expected)
     following = LOOP + expected[0].token_ids + OTHER[:5]
+    size = guessing.core.runner.block_size
     for engine in (plain, guessing):
         engine.add(following)
         before = engine.core.scheduler.stats().cached_tokens
         engine.step()
-        assert engine.core.scheduler.stats().cached_tokens - before == (len(following) - 6) // 16 * 16
+        assert engine.core.scheduler.stats().cached_tokens - before == (len(following) - 6) // size * size
     same(guessing.finish(), plain.finish())
 
 
