@@ -8,6 +8,7 @@ from typing import Any
 
 from foveate.engine.messages import (
     Abort,
+    AddEmbeddings,
     Attach,
     Attached,
     Chunk,
@@ -21,7 +22,7 @@ from foveate.engine.messages import (
 )
 from foveate.errors import EngineError, FoveateError, Unavailable, from_wire
 from foveate.transport.channel import Channel
-from foveate.transport.handle import Offer
+from foveate.transport.handle import Embeddings, Offer
 
 _RETRY_SECONDS = 2.0
 
@@ -40,7 +41,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self._channel: Channel[Reply] = Channel(address, Reply, self._dispatch)
         self._arrived = asyncio.Event()
-        self._waiting: dict[str, asyncio.Queue[Chunk | FoveateError]] = {}
+        self._waiting: dict[str, asyncio.Queue[Chunk | Exception]] = {}
         self._stats: list[asyncio.Future[Stats]] = []
         self._attaching: dict[str, asyncio.Future[Attached]] = {}
 
@@ -80,7 +81,7 @@ class EngineClient:
         Raises:
             FoveateError: the engine refused the request, or failed.
         """
-        queue: asyncio.Queue[Chunk | FoveateError] = asyncio.Queue()
+        queue: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
         self._waiting[request.request_id] = queue
         # By index, since a sequence that was aborted can end twice: here, and by a token that was on its way.
         unfinished = set(range(request.n))
@@ -88,7 +89,7 @@ class EngineClient:
             self._send(request)
             while unfinished:
                 item = await queue.get()
-                if isinstance(item, FoveateError):
+                if isinstance(item, Exception):
                     unfinished.clear()
                     raise item
                 if item.index not in unfinished:
@@ -100,6 +101,17 @@ class EngineClient:
             del self._waiting[request.request_id]
             if unfinished:
                 self._tell(Abort(request.request_id))
+
+    def add_embeddings(self, request_id: str, image: int, embeddings: Embeddings) -> None:
+        """Send the rows of a picture that a request was sent without; the engine has to release them."""
+        self._tell(AddEmbeddings(request_id, image, embeddings))
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """Abort a request; its iterator raises an error that is not the engine's."""
+        queue = self._waiting.get(request_id)
+        if queue is not None:
+            self._tell(Abort(request_id))
+            queue.put_nowait(error)
 
     async def attach(self, offer: Offer, transport: str) -> Attached:
         """Have the engine reach for an encoder's memory.
@@ -144,7 +156,7 @@ class EngineClient:
             raise Unavailable("the engine is not ready", retry_after=_RETRY_SECONDS)
         self._channel.send(request)
 
-    def _tell(self, request: Abort) -> None:
+    def _tell(self, request: AddEmbeddings | Abort) -> None:
         """Send what an engine that is gone needs not know."""
         if self.ready is not None:
             self._channel.send(request)

@@ -15,12 +15,14 @@ import zmq
 
 from foveate.engine.messages import (
     Abort,
+    AddEmbeddings,
     Attach,
     Attached,
     Chunk,
     Failure,
     Generate,
     GetStats,
+    ImageSlot,
     Ready,
     Reply,
     Request,
@@ -110,10 +112,14 @@ class EngineCore:
     def handle(self, request: Request) -> list[Reply]:
         """Take in one message; return what there is to say at once."""
         match request:
-            case Generate():
+            case Generate() | AddEmbeddings():
                 try:
-                    self._add(request)
+                    if isinstance(request, Generate):
+                        self._add(request)
+                    else:
+                        self._supply(request)
                 except FoveateError as error:
+                    self.scheduler.abort(request.request_id)
                     return [Step(failures=[_failure(request.request_id, error)])]
             case Abort():
                 self.scheduler.abort(request.request_id, request.index)
@@ -165,6 +171,9 @@ class EngineCore:
         places = {item.seq: place for item, place in zip(sampling, first, strict=False)}
         results = self.scheduler.update(batch, sampled.token_ids)
         now = time.monotonic()
+        for item in batch.items:
+            if item.seq.missing and item.seq.stalled:
+                state_of(item.seq).stalled = now
         return [
             _chunk(seq, list(tokens), sampled.logprobs[places[seq] :], now)
             for seq, tokens in groupby(results, lambda result: result.seq)
@@ -182,14 +191,17 @@ class EngineCore:
     def _add(self, request: Generate) -> None:
         """Queue a request's sequences, all or none, and release its handles either way."""
         started = time.monotonic()
+        images = [_span(slot) for slot in request.images]
         try:
-            rows = [self._read(slot.embeddings, sum(length for _, length in slot.ranges)) for slot in request.images]
+            given = [slot.embeddings for slot in request.images]
+            sizes = [image.num_rows for image in images]
+            rows = [None if one is None else self._read(one, size) for one, size in zip(given, sizes, strict=True)]
         finally:
-            for slot in request.images:
-                self.sources.release(slot.embeddings)
+            for one in given:
+                if one is not None:
+                    self.sources.release(one)
         arrived = time.monotonic()
         self._check_ids(request)
-        images = [ImageSpan(slot.ranges, slot.embeddings.digest) for slot in request.images]
         first = request.sampling.seed
         seqs = [
             Sequence(
@@ -200,17 +212,53 @@ class EngineCore:
                 eos_token_ids=self.eos_token_ids,
                 max_seq_len=self.max_seq_len,
                 images=images,
+                missing={number for number, one in enumerate(given) if one is None},
             )
             for index in range(request.n)
         ]
         ranges = [np.arange(start, start + length) for slot in request.images for start, length in slot.ranges]
         positions = np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
-        embeddings = torch.cat(rows) if rows else None
+        embeddings = self._together(rows, sizes) if rows else None
         for seq in seqs:
             seed = secrets.randbits(_SEED_BITS) if first is None else first + seq.index
             state = SequenceState(_signed(seed), embeddings, positions, arrived=arrived, read_seconds=arrived - started)
             self.runner.admit(seq, state)
         self.scheduler.add(*seqs)
+
+    def _together(self, rows: list[torch.Tensor | None], sizes: list[int]) -> torch.Tensor:
+        """Put the rows of all pictures behind each other, with room for those that are missing."""
+        there = [one for one in rows if one is not None]
+        if len(there) == len(rows):
+            return torch.cat(there)
+        shape = sum(sizes), self.runner.model.config.hidden_size
+        together = torch.empty(shape, dtype=self.runner.dtype, device=self.runner.device)
+        for room, one in zip(together.split(sizes), rows, strict=True):
+            if one is not None:
+                room.copy_(one)
+        return together
+
+    def _supply(self, request: AddEmbeddings) -> None:
+        """Take in a picture's rows, where somebody waits for them, and release the handle."""
+        started = time.monotonic()
+        try:
+            seqs = [seq for seq in self.scheduler.find(request.request_id) if request.image in seq.missing]
+            if not seqs:
+                return
+            images = seqs[0].images
+            rows = self._read(request.embeddings, images[request.image].num_rows)
+        finally:
+            self.sources.release(request.embeddings)
+        # All of the request's sequences have the same rows.
+        together = state_of(seqs[0]).embeddings
+        assert together is not None
+        together.split([image.num_rows for image in images])[request.image].copy_(rows)
+        now = time.monotonic()
+        for seq in seqs:
+            seq.supply(request.image, request.embeddings.digest)
+            state = state_of(seq)
+            state.read_seconds += now - started
+            if not seq.stalled:
+                state.go_on(now)
 
     def _read(self, embeddings: Embeddings, wanted: int) -> torch.Tensor:
         rows = self.sources.read(embeddings)
@@ -247,6 +295,10 @@ def _chunk(seq: Sequence, results: list[SampledToken], logprobs: list[TokenLogpr
         num_cached_tokens=seq.num_cached_tokens,
         times=state_of(seq).take_times(now),
     )
+
+
+def _span(slot: ImageSlot) -> ImageSpan:
+    return ImageSpan(slot.ranges, slot.digest if slot.embeddings is None else slot.embeddings.digest)
 
 
 def _signed(seed: int) -> int:

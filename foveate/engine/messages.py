@@ -1,9 +1,9 @@
 """What the API process and the engine say to each other, as msgpack over ZeroMQ.
 
-One direction of requests (:class:`Generate`, :class:`Abort`, :class:`Attach`, :class:`GetStats`), one of replies
-(:class:`Ready`, :class:`Step`, :class:`Attached`, :class:`Stats`). Every request ends with exactly one terminal reply
-for each of its ``n`` sequences: a :class:`Chunk` with a ``finish_reason``, or one :class:`Failure` for the whole
-request.
+One direction of requests (:class:`Generate`, :class:`AddEmbeddings`, :class:`Abort`, :class:`Attach`,
+:class:`GetStats`), one of replies (:class:`Ready`, :class:`Step`, :class:`Attached`, :class:`Stats`). Every request
+ends with exactly one terminal reply for each of its ``n`` sequences: a :class:`Chunk` with a ``finish_reason``, or one
+:class:`Failure` for the whole request.
 """
 
 from __future__ import annotations
@@ -43,20 +43,41 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageSlot(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one picture's rows go: ``ranges`` of (start, length) in the prompt, filled with the rows in order."""
+    """Where one picture's rows go.
+
+    Attributes:
+        ranges: (start, length) in the prompt, filled with the rows in order.
+        embeddings: the rows, or None if they follow with :class:`AddEmbeddings`.
+        digest: what the digest of rows that follow will be, if that is known: then a prefix hit can supply them.
+    """
 
     ranges: list[tuple[int, int]]
-    embeddings: Embeddings
+    embeddings: Embeddings | None = None
+    digest: bytes = b""
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
-    """Answer a prompt ``n`` times. The engine releases the handles when it has read them, or refuses."""
+    """Answer a prompt ``n`` times. The engine releases the handles when it has read them, or refuses.
+
+    The prompt is computed as far as the rows of its pictures are there.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     images: list[ImageSlot] = []
     n: int = 1
+
+
+class AddEmbeddings(msgspec.Struct, frozen=True, tag="add_embeddings"):
+    """The rows of a picture that was announced, by its place among ``images``.
+
+    The engine releases the handle in any case, also if it does not know the request (any more).
+    """
+
+    request_id: str
+    image: int
+    embeddings: Embeddings
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -77,7 +98,7 @@ class GetStats(msgspec.Struct, frozen=True, tag="get_stats"):
     """Ask for a :class:`Stats`."""
 
 
-Request = Generate | Abort | Attach | GetStats
+Request = Generate | AddEmbeddings | Abort | Attach | GetStats
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -89,7 +110,10 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FirstTokenTimes(msgspec.Struct, frozen=True, array_like=True):
-    """Seconds on a request's way to its first token: reading its pictures' rows, waiting for admission, prefilling."""
+    """Seconds on a request's way to its first token: reading its pictures' rows, waiting, prefilling.
+
+    It waits for admission, and for pictures that come later than the prompt.
+    """
 
     read: float
     wait: float

@@ -2,23 +2,26 @@
 
 A step has one budget of tokens. Running sequences use it first, in the order of their admission, then new
 ones, first come first served; a prompt that does not fit into what is left is prefilled in chunks. Where answers
-go on, the budget is smaller: a step with few tokens takes little longer than one that only decodes, since the
-weights have to be read anyway (the chunked prefill of Sarathi, Agrawal et al., 2023).
+go on, prompts get less: a step with few tokens takes little longer than one that only decodes, since the
+weights have to be read anyway (the chunked prefill of Sarathi, Agrawal et al., 2023). A prompt may come
+before the rows of its pictures: it is prefilled as far as the first one that is missing, and *stalls* there until that
+is supplied. It keeps its blocks as long as nobody needs them.
 
 Steps may overlap: with a ``depth`` of 1, the next step is scheduled while one is still *open*, that is, before
 anybody knows the tokens that it chooses. They have their places already (:attr:`Sequence.num_placed`), and the
 runner has them on the device. A sequence that turns out to have ended has a part in one more step, whose token
 for it is dropped. Aborts and preemptions need not wait for open steps either.
 
-With speculation (:mod:`foveate.engine.speculation`), a step in which everybody decodes runs guesses behind the newest
+With speculation (:mod:`foveate.engine.speculation`), a step in which nobody is in its prompt runs guesses behind the newest
 tokens. How many tokens it brings is known only when it has ended, and guesses need the newest tokens: so no step is
 scheduled behind an open one that has drafts, nor while anybody has guesses. Nobody loses a block to a guess.
 
 The code leans on these invariants:
 
-* Only the last running sequence can be in the middle of its prompt: it took all that was left, so nobody
-  was admitted after it. The others need one token each, and are fewer than the budget's tokens. So every
-  running sequence is part of every step, unless an open step is sure to choose its last token.
+* Only the last running sequence, and those that came before their pictures, can be in the middle of their prompts: it
+  took all that was left, so nobody was admitted after it. The others need one token each, and everybody is sure of
+  one. So every running sequence is part of every step, unless it is stalled or an open step is sure to choose its
+  last token.
 * A sequence gets the blocks of all its known tokens when it is admitted. So only one that generates can
   lack a block later, and only for its next token.
 * Steps run in the order in which they were scheduled. So blocks can be freed while an open step still writes
@@ -33,7 +36,9 @@ Two policies say when a sequence is admitted. ``guaranteed_no_evict`` wants all 
 need, beside what the running ones can still come to need. ``max_utilization`` wants blocks for the tokens
 it has now and one more for everybody; when a running sequence still comes to lack one, whoever was admitted
 last gives up its own, waits at the head of the queue and is computed again, with the tokens that it has
-generated. The oldest never gives up its blocks, so there is always progress.
+generated. The oldest never gives up its blocks, so there is always progress. With both policies the stalled ones give
+up theirs to whoever would be admitted, the youngest first, and wait for their pictures at the head of the queue;
+meanwhile others overtake them.
 """
 
 from __future__ import annotations
@@ -92,7 +97,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to do: a step to schedule, or one to wait for."""
-        return bool(self.waiting or self.running or self._open)
+        return bool(
+            self._open
+            or any(not seq.stalled for seq in self.running)
+            or any(self._can_start(seq) for seq in self.waiting)
+        )
 
     def add(self, *seqs: Sequence) -> None:
         """Queue the sequences of a request: all of them, or with an error none.
@@ -119,18 +128,19 @@ class Scheduler:
         """
         if len(self._open) > self.depth:
             raise EngineError(f"cannot schedule another step while {len(self._open)} are open")
-        if self._open and self._speculation.awaits(self._open, self.running):
+        if self._open and self._speculation.awaits(self._open, self._going()):
             return None
         self._make_room()
-        can_have_drafts = not self._open and can_draft(self.running)
         items: list[ScheduledSeq] = []
-        budget = self._budget()
-        for seq in self.running:
-            if self._goes_on(seq):
-                items.append(self._chunk(seq, budget))
-                budget -= items[-1].num_tokens
+        going = self._going()
+        can_have_drafts = not self._open and can_draft(going)
+        stalled = [seq for seq in self.running if seq.stalled]
+        budget = self._budget(going)
+        for seq in going:
+            items.append(self._chunk(seq, 1 + budget))
+            budget -= items[-1].num_tokens - 1
         # Whoever just lost its blocks cannot be admitted: it needs all that it freed, and one is gone.
-        while budget and (admitted := self._admit_next()) is not None:
+        while budget and (admitted := self._admit_next(stalled)) is not None:
             items.append(self._chunk(admitted, budget))
             budget -= items[-1].num_tokens
             can_have_drafts = False
@@ -200,8 +210,11 @@ class Scheduler:
 
         Their blocks are free at once. Unknown ids are no error: the request may just have finished.
         """
-        seqs = [seq for seq in (*self.running, *self.waiting) if seq.request_id == request_id]
-        return self._abort([seq for seq in seqs if index is None or seq.index == index])
+        return self._abort([seq for seq in self.find(request_id) if index is None or seq.index == index])
+
+    def find(self, request_id: str) -> list[Sequence]:
+        """Return the sequences of a request that have not ended."""
+        return [seq for seq in (*self.running, *self.waiting) if seq.request_id == request_id]
 
     def stats(self) -> Stats:
         """Return a snapshot. Prompt and cached tokens count once a sequence, when it is first admitted."""
@@ -239,7 +252,7 @@ class Scheduler:
                 if self.allocator.hash_of(block) not in (None, block_hash):
                     raise EngineError(f"{seq} holds block {block}, which is registered for other contents")
         for seq in self.running[:-1]:
-            if seq.num_computed_tokens != seq.num_placed - 1:
+            if seq.num_computed_tokens != seq.num_placed - 1 and not seq.came_early:
                 raise EngineError(f"{seq} is not the last admitted, but in the middle of its prompt")
         promised = sum(self._promised(seq, len(seq.block_table)) for seq in self.running)
         if self.guaranteed and promised > self.allocator.num_free:
@@ -260,50 +273,78 @@ class Scheduler:
         seq.num_computed_tokens = seq.num_offered_blocks = 0
         seq.is_decoding = False
         seq.num_preemptions += 1
+        seq.parked = bool(seq.missing)
         seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self._preemptions += 1
 
-    def _admit_next(self) -> Sequence | None:
-        """Admit the head of the queue, if there is a place and there are blocks. Nobody overtakes it."""
-        if not self.waiting or len(self.running) >= self.max_batch_size:
+    def _admit_next(self, stalled: list[Sequence]) -> Sequence | None:
+        """Admit the first in the queue that can start, if need be at the cost of stalled ones. Nobody overtakes it."""
+        seq = next((seq for seq in self.waiting if self._can_start(seq)), None)
+        # One with a token on its way was just preempted: the host must know that to have it computed again.
+        if seq is None or seq.num_pending:
             return None
-        seq = self.waiting[0]
-        if seq.num_pending:  # Just preempted: the host must know a token to have it computed again.
-            return None
-        allocator = self.allocator
-        # The newest token is always computed, as its logits are wanted: its block is not part of a hit.
-        hit = allocator.match_prefix(self._hashes(seq)[: (seq.num_tokens - 1) // allocator.block_size])
-        num_blocks = allocator.blocks_for(seq.num_tokens)
-        spare = self._promised(seq, num_blocks)
-        spare += sum(self._promised(other, len(other.block_table)) for other in self.running)
-        table = allocator.allocate(hit, num_blocks - len(hit), spare=spare)
-        if table is None:
-            return None
-        seq.block_table = table
-        seq.num_offered_blocks = len(hit)
-        seq.num_computed_tokens = len(hit) * allocator.block_size
+        while not self._give_blocks(seq):
+            if not stalled:
+                return None
+            self.running.remove(stalled[-1])
+            self._preempt(stalled.pop())
         seq.status = SequenceStatus.RUNNING
-        self.running.append(self.waiting.popleft())
+        self.waiting.remove(seq)
+        self.running.append(seq)
         if not seq.num_preemptions:
             seq.num_cached_tokens = seq.num_computed_tokens
             self._prompt_tokens += seq.num_prompt_tokens
             self._cached_tokens += seq.num_cached_tokens
         return seq
 
-    def _budget(self) -> int:
-        """Return the tokens of the next step."""
-        decodes = sum(self._goes_on(seq) and seq.num_computed_tokens == seq.num_placed - 1 for seq in self.running)
-        return min(decodes + self.max_mixed_chunk, self.max_num_tokens) if decodes else self.max_num_tokens
+    def _budget(self, going: list[Sequence]) -> int:
+        """Return the tokens of the next step, beside one for each of those who go on."""
+        left = self.max_num_tokens - len(going)
+        prompts = sum(not seq.is_decoding for seq in going)
+        if prompts == len(going):
+            return left
+        return min(left, max(self.max_mixed_chunk - prompts, 0))
+
+    def _can_start(self, seq: Sequence) -> bool:
+        """Whether there is something to compute of a sequence that waits."""
+        if not seq.missing:
+            return True
+        start = len(self._hit(seq)) * self.allocator.block_size
+        return not seq.parked and seq.computable(start) > start
+
+    def _hit(self, seq: Sequence) -> list[int]:
+        """Return the blocks that hold a sequence's prefix already."""
+        # The newest token is always computed, as its logits are wanted: its block is not part of a hit.
+        return self.allocator.match_prefix(self._hashes(seq)[: (seq.num_tokens - 1) // self.allocator.block_size])
+
+    def _give_blocks(self, seq: Sequence) -> bool:
+        """Give a sequence blocks for all of its tokens, if there is a place for it and there are enough."""
+        if len(self.running) >= self.max_batch_size:
+            return False
+        hit, num_blocks = self._hit(seq), self.allocator.blocks_for(seq.num_tokens)
+        spare = self._promised(seq, num_blocks)
+        spare += sum(self._promised(other, len(other.block_table)) for other in self.running)
+        table = self.allocator.allocate(hit, num_blocks - len(hit), spare=spare)
+        if table is None:
+            return False
+        seq.block_table = table
+        seq.num_offered_blocks = len(hit)
+        seq.num_computed_tokens = len(hit) * self.allocator.block_size
+        return True
+
+    def _going(self) -> list[Sequence]:
+        """Return those who run and need another step that can be run now."""
+        return [seq for seq in self.running if self._goes_on(seq)]
 
     def _goes_on(self, seq: Sequence) -> bool:
-        """Whether a sequence needs another step, as far as is known: its very last token is never run."""
-        return seq.num_placed < seq.max_len
+        """Whether a sequence needs another step that can be run now: its very last token is never run."""
+        return seq.num_placed < seq.max_len and not seq.stalled
 
     def _chunk(self, seq: Sequence, budget: int) -> ScheduledSeq:
         """Plan as many of a sequence's tokens as the budget allows; register the blocks that they fill."""
         start, size = seq.num_computed_tokens, self.allocator.block_size
-        end = min(seq.num_placed, start + budget)
+        end = min(seq.computable(start), start + budget)
         samples = end == seq.num_placed
         seq.num_computed_tokens = end
         seq.num_pending += samples

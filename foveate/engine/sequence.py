@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from foveate.engine.messages import FinishReason, SamplingParams
-from foveate.errors import InvalidRequest
+from foveate.errors import InvalidRequest, Unavailable
 
 # Parent of a first block: as long as any other parent, so that no two inputs of the hash read alike.
 ROOT_HASH = blake2b(b"foveate kv blocks", digest_size=32).digest()
@@ -38,11 +38,16 @@ class ImageSpan:
 
     Attributes:
         ranges: (start, length) in tokens, ascending; the picture's rows fill them in order, from row 0.
-        digest: names the picture and everything else that its rows depend on.
+        digest: names the picture and everything else that its rows depend on; empty while that is not known.
     """
 
     ranges: list[tuple[int, int]]
     digest: bytes
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the picture."""
+        return sum(length for _, length in self.ranges)
 
 
 class _Rows(NamedTuple):
@@ -68,6 +73,9 @@ class Sequence:
         sampling: how its tokens are chosen, and how many.
         eos_token_ids: the model's own end tokens.
         images: the prompt's pictures, in order.
+        missing: the numbers of those whose rows are not there yet; see :meth:`supply`.
+        came_early: whether there were any such pictures at first.
+        parked: it lost its blocks when pictures were missing, and waits for the next one.
         payload: whatever the runner keeps here (embeddings, sampling state). Nobody else looks inside. A
             preempted sequence is prefilled again, so its embeddings must stay until it has finished.
         token_ids: the prompt, then the answer so far.
@@ -98,6 +106,7 @@ class Sequence:
     eos_token_ids: frozenset[int]
     max_seq_len: InitVar[int]
     images: list[ImageSpan] = field(default_factory=list)
+    missing: set[int] = field(default_factory=set)
     payload: object = None
 
     token_ids: list[int] = field(init=False)
@@ -113,6 +122,8 @@ class Sequence:
     num_preemptions: int = field(init=False, default=0)
     status: SequenceStatus = field(init=False, default=SequenceStatus.WAITING)
     finish_reason: FinishReason | None = field(init=False, default=None)
+    came_early: bool = field(init=False)
+    parked: bool = field(init=False, default=False)
     _rows: list[_Rows] = field(init=False)
     _block_hashes: list[bytes] = field(init=False, default_factory=list)
 
@@ -126,6 +137,8 @@ class Sequence:
         self.max_len = min(self.num_prompt_tokens + self.sampling.max_tokens, max_seq_len)
         own_ends = frozenset() if self.sampling.ignore_eos else self.eos_token_ids
         self.stop_ids = own_ends.union(self.sampling.stop_token_ids)
+        self.missing = set(self.missing)
+        self.came_early = bool(self.missing)
         self._rows = _flatten(self.images, self.num_prompt_tokens)
 
     def __repr__(self) -> str:
@@ -155,6 +168,36 @@ class Sequence:
         """Tokens that have a place: those known so far, and those that open steps choose."""
         return len(self.token_ids) + self.num_pending
 
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing of it can be computed before another picture's rows are there."""
+        return bool(self.missing) and self.computable(self.num_computed_tokens) <= self.num_computed_tokens
+
+    def computable(self, start: int) -> int:
+        """Return how far it can be computed from token ``start`` on: to the first picture that is missing there."""
+        for number in sorted(self.missing):
+            ranges = self.images[number].ranges
+            if sum(ranges[-1]) > start:
+                return ranges[0][0]
+        return self.num_placed
+
+    def supply(self, number: int, digest: bytes) -> None:
+        """Learn that the rows of a missing picture are there, and what they are.
+
+        Raises:
+            Unavailable: they are not what was said, and the prefix cache has been asked for that already.
+        """
+        image = self.images[number]
+        if image.digest != digest:
+            if image.digest and self.num_computed_tokens > image.ranges[0][0]:
+                raise Unavailable("a picture was encoded otherwise than expected", retry_after=1)
+            self.images = [*self.images[:number], ImageSpan(image.ranges, digest), *self.images[number + 1 :]]
+            self._rows = _flatten(self.images, self.num_prompt_tokens)
+            if image.digest:
+                self._block_hashes.clear()
+        self.missing.discard(number)
+        self.parked = False
+
     def append(self, token_id: int) -> None:
         """Add a token to the answer."""
         self.token_ids.append(token_id)
@@ -172,11 +215,14 @@ class Sequence:
     def block_hashes(self, block_size: int) -> list[bytes]:
         """Return the hashes of all full blocks of ``block_size`` tokens, in order.
 
-        Only what was added since the last call is hashed. The list is the sequence's own: do not change it,
-        and ask for one block size only.
+        They end before a picture whose digest is not known. Only what was added since the last call is hashed. The
+        list is the sequence's own: do not change it, and ask for one block size only.
         """
         hashes = self._block_hashes
-        for index in range(len(hashes), self.num_tokens // block_size):
+        known = self.num_tokens
+        if self.missing:
+            known = min((rows.start for rows in self._rows if not rows.digest), default=known)
+        for index in range(len(hashes), known // block_size):
             parent = hashes[-1] if hashes else ROOT_HASH
             hashes.append(self._hash_block(index * block_size, block_size, parent))
         return hashes

@@ -18,11 +18,14 @@ class SequenceState:
 
     Attributes:
         seed: makes its random choices reproducible.
-        embeddings: rows of all its pictures in order, [rows, hidden_size], or None.
+        embeddings: rows of all its pictures in order, [rows, hidden_size], or None. Those of a picture that is missing
+            are written when it comes.
         image_positions: the prompt position of each of those rows, ascending.
         arrived: when it was queued (seconds, monotonic), like all times.
         read_seconds: how long reading its embeddings took.
         admitted: when its first step began, or None before that.
+        stalled: since when it has waited for a picture, or None while it does not.
+        stalled_seconds: how long it waited for pictures since it was admitted.
         told: whether its times have been taken.
     """
 
@@ -32,6 +35,8 @@ class SequenceState:
     arrived: float = 0.0
     read_seconds: float = 0.0
     admitted: float | None = None
+    stalled: float | None = None
+    stalled_seconds: float = 0.0
     told: bool = False
 
     def mark_admitted(self, now: float) -> None:
@@ -39,12 +44,19 @@ class SequenceState:
         if self.admitted is None:
             self.admitted = now
 
+    def go_on(self, now: float) -> None:
+        """Note that it need not wait for a picture any more."""
+        if self.stalled is not None:
+            self.stalled_seconds += now - self.stalled
+            self.stalled = None
+
     def take_times(self, now: float) -> FirstTokenTimes | None:
         """Return how long it took to the first token, once."""
         if self.told or self.admitted is None:
             return None
         self.told = True
-        return FirstTokenTimes(self.read_seconds, self.admitted - self.arrived, now - self.admitted)
+        wait = self.admitted - self.arrived + self.stalled_seconds
+        return FirstTokenTimes(self.read_seconds, wait, now - self.arrived - wait)
 
 
 def state_of(seq: Sequence) -> SequenceState:

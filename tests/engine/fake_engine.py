@@ -9,7 +9,7 @@ the scheduler does; unlike one it can put a step off until somebody asks for its
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -20,6 +20,7 @@ from foveate.engine.messages import SamplingParams
 from foveate.engine.scheduler import Scheduler
 from foveate.engine.sequence import ImageSpan, Sequence, SequenceStatus
 from foveate.engine.step import SampledToken, ScheduledBatch
+from foveate.errors import Unavailable
 
 UNK, EOS, VOCAB = 9, 0, 8
 MAX_SEQ_LEN = 40
@@ -27,7 +28,12 @@ Record = tuple[int, int, int, int]
 
 
 def sequence(
-    name: str, tokens: list[int], images: list[ImageSpan] | None = None, index: int = 0, **sampling: Any
+    name: str,
+    tokens: list[int],
+    images: list[ImageSpan] | None = None,
+    index: int = 0,
+    missing: Iterable[int] = (),
+    **sampling: Any,
 ) -> Sequence:
     return Sequence(
         request_id=name,
@@ -37,6 +43,7 @@ def sequence(
         eos_token_ids=frozenset({EOS}),
         max_seq_len=MAX_SEQ_LEN,
         images=images or [],
+        missing=set(missing),
     )
 
 
@@ -108,6 +115,10 @@ class FakeModel:
         return cache(lambda: self.run(parts))
 
     def parts(self, batch: ScheduledBatch) -> list[Part]:
+        for item in batch.items:
+            for number in item.seq.missing:
+                for start, length in item.seq.images[number].ranges:
+                    assert item.start + item.num_tokens <= start or start + length <= item.start, "rows are not there"
         return [
             Part(
                 item.seq, item.start, item.start + item.num_tokens, item.samples, list(item.seq.block_table),
@@ -237,12 +248,26 @@ class Engine:
         self._end(self.scheduler.abort(name, index))
         self.scheduler.check()
 
+    def supply(self, seq: Sequence, number: int, digest: bytes | None = None) -> None:
+        """Bring the rows of a missing picture; what was not expected, where that comes too late, ends the request."""
+        try:
+            seq.supply(number, seq.images[number].digest or b"late" if digest is None else digest)
+        except Unavailable:
+            self.abort(seq.request_id)
+        self.scheduler.check()
+
     def finish(self) -> None:
-        """Run until idle, in a bounded number of steps; everybody was served and nothing is left."""
+        """Run until idle, in a bounded number of steps; everybody was served and nothing is left.
+
+        Pictures that are missing come when nothing else is left to do.
+        """
         limit = 60 * (1 + len(self.added)) * MAX_SEQ_LEN
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self.scheduler.running or self.scheduler.waiting:
             limit -= 1
             assert limit, "no progress"
+            if not self.scheduler.has_work:
+                seq = [*self.scheduler.waiting, *self.scheduler.running][-1]
+                self.supply(seq, max(seq.missing))
             self.step()
         assert not self.open
         for seq in self.added:
@@ -270,7 +295,8 @@ class Engine:
         seqs = [item.seq for item in batch.items]
         assert seqs == [seq for seq in self.scheduler.running if seq in seqs]
         for seq in self.scheduler.running:
-            assert seq in seqs or (seq.num_pending and seq.num_placed == seq.max_len), "somebody is left out"
+            at_its_end = seq.num_pending and seq.num_placed == seq.max_len
+            assert seq in seqs or at_its_end or seq.stalled, "somebody is left out"
         preempted = set(self.scheduler.waiting) & set(self.admitted)
         assert all(seq.num_preemptions and not seq.block_table for seq in preempted)
         for item in batch.items:
@@ -282,9 +308,10 @@ class Engine:
             if item.seq not in self.admitted:
                 assert item.start == item.seq.num_cached_tokens < item.seq.num_prompt_tokens
                 self.admitted.append(item.seq)
-        # First come, first served: whoever was never admitted is behind all who were.
-        order = [seq for seq in self.added if seq in self.admitted or seq not in self.ended]
-        assert order[: len(self.admitted)] == self.admitted
+        # First come, first served: whoever was never admitted is behind all who were, or came before its pictures.
+        admitted = [seq for seq in self.admitted if not seq.came_early]
+        order = [seq for seq in self.added if not seq.came_early and (seq in admitted or seq not in self.ended)]
+        assert order[: len(admitted)] == admitted
 
     def _collect(self, results: list[SampledToken]) -> None:
         for result in results:

@@ -185,6 +185,7 @@ def test_another_picture_is_no_hit(make: Make, embeddings: dict[str, list[torch.
     request = engine.request("image1")
     [slot] = request.images
     other = engine.arena.publish(embeddings["image1"][0].flip(0), b"another picture")
+    assert slot.embeddings is not None
     engine.arena.release(slot.embeddings)
     flipped = Generate(
         request_id="flipped", prompt_token_ids=request.prompt_token_ids, sampling=request.sampling,
