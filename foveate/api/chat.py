@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+from foveate.api.feeding import Take, feeding, not_ready
 from foveate.api.pictures import Picture, PictureLoader, find_pictures
 from foveate.api.sampling import sampling_params
 from foveate.api.schema import ChatCompletionRequest, ImageContent
@@ -17,8 +19,8 @@ from foveate.chat.pieces import Prompt
 from foveate.chat.template import Message, PicturePart, TextPart
 from foveate.config import MediaSettings, SamplingSettings
 from foveate.engine.client import EngineClient
-from foveate.engine.messages import Chunk, Generate, ImageSlot, Ready, SamplingParams
-from foveate.errors import ContextLengthExceeded, ModelNotFound, Unavailable
+from foveate.engine.messages import Chunk, Generate, Ready, SamplingParams
+from foveate.errors import ContextLengthExceeded, ModelNotFound
 from foveate.media.fetch import MediaFetcher
 from foveate.telemetry import Metrics
 from foveate.vision.client import VisionClient
@@ -36,7 +38,7 @@ class PlannedChat:
     Attributes:
         id: names it to the engine and to the client.
         prompt: the tokens, with room for the pictures.
-        pictures: in the order of the prompt; emptied once they are encoded.
+        pictures: in the order of the prompt; emptied once they are encoded. Their files may still be on their way.
         sampling: how tokens are chosen.
         stops: texts that end an answer.
         skip_special_tokens: whether special tokens are left out of the answer's text.
@@ -106,7 +108,7 @@ class ChatService:
             raise unknown_model(request.model, self.model_name)
         limits = self.engine.ready
         if limits is None:
-            raise _not_ready()
+            raise not_ready()
         times = StageTimes(self.metrics)
         refs = find_pictures(request, self.assets.pictures, self._max_images)
         self._check_text_length(request, limits)
@@ -133,34 +135,30 @@ class ChatService:
         )
 
     async def run(self, chat: PlannedChat) -> AsyncGenerator[Chunk, None]:
-        """Encode the pictures and generate; closing this early aborts both.
+        """Encode the pictures and generate, as soon as the first one is encoded; closing this early aborts both.
 
         Raises:
             FoveateError: as the encoder and the engine say.
         """
-        encoded = await self._loader.encode(chat.pictures, chat.times)
+        places = [(ranges, one.digest) for ranges, one in zip(chat.prompt.image_ranges, chat.pictures, strict=True)]
+        async with feeding(self.engine, chat.id, places, functools.partial(self._encode, chat)) as slots:
+            # Nothing is awaited from here until the engine owns the handles; but it may have died meanwhile.
+            generate = Generate(
+                request_id=chat.id,
+                prompt_token_ids=chat.prompt.token_ids,
+                sampling=chat.sampling,
+                images=slots,
+                n=chat.n,
+            )
+            async with contextlib.aclosing(self.engine.generate(generate)) as chunks:
+                async for chunk in chunks:
+                    if chunk.times is not None:
+                        chat.times.add_first_token(chunk.times, pictures=bool(slots))
+                    yield chunk
+
+    async def _encode(self, chat: PlannedChat, take: Take) -> None:
+        await self._loader.encode(chat.pictures, chat.times, take)
         chat.pictures.clear()
-        # Nothing is awaited from here until the engine owns the handles; but it may have died meanwhile.
-        if self.engine.ready is None:
-            for one in encoded:
-                one.release()
-            raise _not_ready()
-        slots = [
-            ImageSlot(ranges=ranges, embeddings=one.embeddings)
-            for ranges, one in zip(chat.prompt.image_ranges, encoded, strict=True)
-        ]
-        generate = Generate(
-            request_id=chat.id,
-            prompt_token_ids=chat.prompt.token_ids,
-            sampling=chat.sampling,
-            images=slots,
-            n=chat.n,
-        )
-        async with contextlib.aclosing(self.engine.generate(generate)) as chunks:
-            async for chunk in chunks:
-                if chunk.times is not None:
-                    chat.times.add_first_token(chunk.times, pictures=bool(slots))
-                yield chunk
 
     def _check_text_length(self, request: ChatCompletionRequest, limits: Ready) -> None:
         """Refuse what is too long whatever its tokens are, because finding them would take long."""
@@ -230,10 +228,6 @@ def answer_limit(prompt: Prompt, request: ChatCompletionRequest, limits: Ready, 
 def unknown_model(asked: str, served: str) -> ModelNotFound:
     """Say which model there is."""
     return ModelNotFound(f"The model {asked[:200]!r} does not exist; this server has {served!r}.", param="model")
-
-
-def _not_ready() -> Unavailable:
-    return Unavailable("The engine is not ready: it is loading its model, or is being restarted.")
 
 
 def _too_long(length: str, limits: Ready) -> ContextLengthExceeded:

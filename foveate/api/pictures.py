@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from foveate.api.feeding import Take
+from foveate.api.files import PictureFile, named
 from foveate.api.schema import ChatCompletionRequest, ImageContent
 from foveate.api.timing import StageTimes
 from foveate.chat.assets import PictureSettings
 from foveate.config import MediaSettings
-from foveate.errors import FetchError, InvalidRequest, PictureError
+from foveate.errors import InvalidRequest, PictureError
 from foveate.media.fetch import MediaFetcher
-from foveate.media.image import probe
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.telemetry import Metrics
 from foveate.vision.client import PictureRefused, VisionClient
+from foveate.vision.digest import digest
 from foveate.vision.remote import Encoded, PictureTask
 
 T = TypeVar("T")
@@ -41,11 +43,19 @@ class PictureRef:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture that is here and has a plan, but is not encoded yet."""
+    """A picture that has a plan, but is not encoded yet.
+
+    Attributes:
+        ref: what the request says of it.
+        file: the file, which may still be on its way.
+        plan: how it is cut.
+        digest: what the digest of its embeddings will be, or empty if that is not known.
+    """
 
     ref: PictureRef
-    data: bytes
+    file: PictureFile
     plan: SlicePlan
+    digest: bytes = b""
 
 
 def find_pictures(request: ChatCompletionRequest, settings: PictureSettings, limit: int) -> list[PictureRef]:
@@ -120,63 +130,95 @@ class PictureLoader:
         self._metrics = metrics
 
     async def load(self, refs: Sequence[PictureRef], times: StageTimes) -> list[Picture]:
-        """Fetch all at once, each URL once, and plan their slices.
+        """Fetch all at once, each URL once, and plan their slices as soon as all sizes are known.
 
         Raises:
             PictureError, FetchError: one cannot be had; the message has its number and ``param`` its path.
         """
         first_of = {ref.url: ref for ref in reversed(refs)}
-        datas = await gather_or_cancel([self._fetch(ref, times) for ref in first_of.values()])
-        data_of = dict(zip(first_of, datas, strict=True))
-        return [await self._plan(ref, data_of[ref.url]) for ref in refs]
+        # Of several pictures, one can be looked at while another one is fetched.
+        several = len(first_of) > 1
+        files = {
+            url: PictureFile(ref, self._fetcher, times, max_pixels=self._max_pixels, early=several)
+            for url, ref in first_of.items()
+        }
+        try:
+            await gather_or_cancel([file.wait_size() for file in files.values()])
+        except BaseException:
+            for file in files.values():
+                file.cancel()
+            raise
+        pictures = [Picture(ref, files[ref.url], self._plan(ref, files[ref.url])) for ref in refs]
+        name = self._vision.encoder_name
+        return await asyncio.to_thread(_with_digests, pictures, name) if several and name else pictures
 
-    async def encode(self, pictures: Sequence[Picture], times: StageTimes) -> list[Encoded]:
-        """Have all encoded at once. The caller owns the handles; after an error they are released.
+    async def encode(self, pictures: Sequence[Picture], times: StageTimes, take: Take) -> None:
+        """Have all encoded, those at once whose files are here, and the others when theirs come.
+
+        Args:
+            pictures: what to encode.
+            times: where their times go.
+            take: see :meth:`foveate.vision.client.VisionClient.encode`.
 
         Raises:
-            PictureError: one is broken; the message has its number and ``param`` its path.
+            PictureError, FetchError: one is broken, or was not fetched; the message has its number and ``param`` its
+                path.
             Overloaded, Unavailable, EngineError: the encoder refuses, is away or failed.
         """
-        if not pictures:
-            return []
-        tasks = [PictureTask(one.data, one.ref.max_slice_nums, one.plan.num_slices) for one in pictures]
+
+        async def encode_some(indices: list[int]) -> None:
+            tasks = []
+            for index in indices:
+                one = pictures[index]
+                tasks.append(PictureTask(await one.file.wait(), one.ref.max_slice_nums, one.plan.num_slices))
+            await self._encode(tasks, indices, pictures, times, take)
+
+        here = [index for index, one in enumerate(pictures) if one.file.is_here]
+        coming = [[index] for index in range(len(pictures)) if index not in here]
         try:
-            encoded = await self._vision.encode(tasks)
+            await gather_or_cancel([encode_some(indices) for indices in [here, *coming] if indices])
+        finally:
+            for one in pictures:
+                one.file.cancel()
+
+    async def _encode(
+        self,
+        tasks: Sequence[PictureTask],
+        indices: Sequence[int],
+        pictures: Sequence[Picture],
+        times: StageTimes,
+        take: Take,
+    ) -> None:
+        def take_counted(place: int, encoded: Encoded) -> None:
+            self._metrics.pictures.labels(str(encoded.cached).lower()).inc()
+            times.add_encoding(encoded.timings)
+            take(indices[place], encoded)
+
+        try:
+            await self._vision.encode(tasks, take_counted)
         except PictureRefused as refused:
             if isinstance(refused.error, PictureError):
-                raise _named(pictures[refused.index].ref, refused.error) from refused
+                raise named(pictures[indices[refused.index]].ref, refused.error) from refused
             raise refused.error from refused
-        for one in encoded:
-            self._metrics.pictures.labels(str(one.cached).lower()).inc()
-            times.add_encoding(one.timings)
-        return encoded
 
-    async def _fetch(self, ref: PictureRef, times: StageTimes) -> bytes:
-        with times.measure("fetch"):
-            try:
-                return await self._fetcher.fetch(ref.url)
-            except (PictureError, FetchError) as error:
-                raise _named(ref, error) from error
-
-    async def _plan(self, ref: PictureRef, data: bytes) -> Picture:
-        try:
-            # A header can be made to take long to read.
-            info = await asyncio.to_thread(probe, data, max_pixels=self._max_pixels)
-        except PictureError as error:
-            raise _named(ref, error) from error
-        plan = plan_slices(
-            info.width,
-            info.height,
+    def _plan(self, ref: PictureRef, file: PictureFile) -> SlicePlan:
+        width, height = file.size
+        return plan_slices(
+            width,
+            height,
             max_slice_nums=ref.max_slice_nums,
             scale_resolution=self._pictures.scale_resolution,
             patch_size=self._pictures.patch_size,
         )
-        return Picture(ref, data, plan)
 
 
-def _named(ref: PictureRef, error: InvalidRequest) -> InvalidRequest:
-    """Say which picture it was."""
-    return type(error)(f"Picture {ref.number} ({ref.path}): {error.message}", param=ref.path)
+def _with_digests(pictures: Sequence[Picture], name: str) -> list[Picture]:
+    """Add the digests of all whose files are here, but for the first one: its embeddings go with the prompt."""
+    first, *others = pictures
+    return [
+        first,
+        *(replace(one, digest=digest(one.file.content, one.plan, name)) if one.file.is_here else one for one in others),
+    ]
 
 
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -29,6 +29,7 @@ Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 MAX_REDIRECTS = 5
 MAX_CONCURRENT = 32
+_FIRST_LOOK, _LAST_LOOK = 512, 2**16
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # IPv6 addresses that carry an IPv4 address, on which another machine acts: mapped, 6to4, NAT64.
 _EMBEDDING = tuple(map(IPv6Network, ("::ffff:0:0/96", "2002::/16", "64:ff9b::/96", "64:ff9b:1::/48")))
@@ -84,8 +85,12 @@ class MediaFetcher:
         """Close all connections."""
         await self._transport.aclose()
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, *, begun: Callable[[bytes], None] | None = None) -> bytes:
         """Return the bytes behind a URL, at most ``max_image_bytes``. What they are is not checked.
+
+        Args:
+            url: where they are.
+            begun: is called with the first bytes of a download, a few times with more of them each.
 
         Raises:
             FetchError: the URL is not one that may be fetched, or its host did not answer properly in time.
@@ -98,18 +103,18 @@ class MediaFetcher:
                     return _decode_data_url(url, self._settings.max_image_bytes)
                 case "http" | "https":
                     async with self._slots:
-                        return await self._fetch_http(url)
+                        return await self._fetch_http(url, begun)
                 case "file":
                     return await asyncio.to_thread(self._read_file, url)
         except FoveateError as error:
             raise type(error)(f"{_shorten(url)}: {error.message}") from error
         raise FetchError(f"{_shorten(url)}: only data:, http: and https: URLs are fetched")
 
-    async def _fetch_http(self, url: str) -> bytes:
+    async def _fetch_http(self, url: str, begun: Callable[[bytes], None] | None) -> bytes:
         seconds = self._settings.media_total_seconds
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow(httpx.URL(url))
+                return await self._follow(httpx.URL(url), begun)
         except TimeoutError as error:
             raise FetchError(f"fetching took longer than {seconds:g} seconds") from error
         except (httpx.InvalidURL, UnicodeError) as error:
@@ -120,13 +125,13 @@ class MediaFetcher:
         except httpx.HTTPError as error:
             raise FetchError(f"fetching failed ({error or type(error).__name__})") from error
 
-    async def _follow(self, url: httpx.URL) -> bytes:
+    async def _follow(self, url: httpx.URL, begun: Callable[[bytes], None] | None) -> bytes:
         for _ in range(1 + MAX_REDIRECTS):
             response = await self._send(url)
             try:
                 location = response.headers.get("location")
                 if response.status_code not in _REDIRECTS or location is None:
-                    return await self._read_body(response)
+                    return await self._read_body(response, begun)
                 url = url.join(location)
             finally:
                 await response.aclose()
@@ -190,7 +195,7 @@ class MediaFetcher:
             )
         return addresses
 
-    async def _read_body(self, response: httpx.Response) -> bytes:
+    async def _read_body(self, response: httpx.Response, begun: Callable[[bytes], None] | None) -> bytes:
         if response.status_code != 200:
             raise FetchError(f"the server answered with status {response.status_code}, not 200")
         encoding = response.headers.get("content-encoding", "identity")
@@ -201,10 +206,14 @@ class MediaFetcher:
         if length.isdecimal() and int(length) > limit:
             raise _too_many_bytes(limit)
         body = bytearray()
+        look = _FIRST_LOOK
         async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > limit:
                 raise _too_many_bytes(limit)
+            if begun is not None and look <= len(body):
+                begun(bytes(body[:_LAST_LOOK]))
+                look = 4 * len(body) if len(body) < _LAST_LOOK else limit + 1
         return bytes(body)
 
     def _read_file(self, url: str) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from foveate.config import VisionSettings
 from foveate.errors import FoveateError, Unavailable
@@ -88,32 +88,40 @@ class VisionClient:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), 0.1)
 
-    async def encode(self, pictures: Sequence[PictureTask]) -> list[Encoded]:
+    @property
+    def encoder_name(self) -> str | None:
+        """What stands for the encoder in the digests of all services that can be used, if it is the same."""
+        names = {one.encoder_name for one in self.encoders if one.usable}
+        return names.pop() if len(names) == 1 else None
+
+    async def encode(self, pictures: Sequence[PictureTask], take: Callable[[int, Encoded], None]) -> None:
         """Have pictures encoded, by several services at once if there are; cancelling this cancels the work.
+
+        Args:
+            pictures: what to encode.
+            take: is given the place and the embeddings of each picture as it is done, to release them or have the
+                engine do so, whatever becomes of the others.
 
         Raises:
             PictureRefused: one is broken, or its service is full or failed.
             Unavailable: no service can be used.
         """
-        done: dict[int, Encoded] = {}
-        try:
-            failed: dict[RemoteEncoder, str] = {}
-            for _ in range(TRIES):
-                missing = [index for index in range(len(pictures)) if index not in done]
-                if not missing:
-                    break
+        missing = set(range(len(pictures)))
+
+        def take_once(index: int, encoded: Encoded) -> None:
+            missing.remove(index)
+            take(index, encoded)
+
+        failed: dict[RemoteEncoder, str] = {}
+        for _ in range(TRIES):
+            if missing:
                 shares = await self._spread(pictures, missing, failed)
-                await self._run(pictures, shares, done, failed)
-            if len(done) < len(pictures):
-                raise _gone([f"{one.name}: {reason}" for one, reason in failed.items()])
-        except BaseException:
-            for encoded in done.values():
-                encoded.release()
-            raise
-        return [done[index] for index in range(len(pictures))]
+                await self._run(pictures, shares, take_once, failed)
+        if missing:
+            raise _gone([f"{one.name}: {reason}" for one, reason in failed.items()])
 
     async def _spread(
-        self, pictures: Sequence[PictureTask], indices: Sequence[int], failed: Collection[RemoteEncoder]
+        self, pictures: Sequence[PictureTask], indices: Collection[int], failed: Collection[RemoteEncoder]
     ) -> dict[RemoteEncoder, list[int]]:
         """Give each picture to the service that has the fewest slices to do."""
         with contextlib.suppress(TimeoutError):
@@ -135,7 +143,7 @@ class VisionClient:
         self,
         pictures: Sequence[PictureTask],
         shares: dict[RemoteEncoder, list[int]],
-        done: dict[int, Encoded],
+        take: Callable[[int, Encoded], None],
         failed: dict[RemoteEncoder, str],
     ) -> None:
         async def ask(encoder: RemoteEncoder, indices: list[int]) -> None:
@@ -145,7 +153,7 @@ class VisionClient:
                     async for place, result in replies:
                         if isinstance(result, FoveateError):
                             raise PictureRefused(indices[place], result)
-                        done[indices[place]] = result
+                        take(indices[place], result)
             except Lost as lost:
                 failed[encoder] = str(lost)
             except BaseException:

@@ -29,8 +29,9 @@ from foveate.media.image import decode, probe
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.vision.batcher import Batcher
 from foveate.vision.cache import EmbeddingCache
+from foveate.vision.digest import digest
 from foveate.vision.encoder import VisionEncoder, slices_of
-from foveate.vision.prepare import cut, digest
+from foveate.vision.prepare import cut
 from foveate.vision.sharing import Share, Shares, Timings, Waiter
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,12 @@ class Pipeline:
         encoder: the model.
         pictures: how the checkpoint cuts pictures.
         settings: limits.
-        identity: names the encoder's weights and type, as a part of every digest.
+        name: of the encoder in every digest; see :func:`foveate.vision.digest.encoder_name`.
         max_patches: patches of the largest step that is ever run.
     """
 
     def __init__(
-        self, encoder: VisionEncoder, pictures: PictureSettings, settings: Settings, identity: str, max_patches: int
+        self, encoder: VisionEncoder, pictures: PictureSettings, settings: Settings, name: str, max_patches: int
     ) -> None:
         self.failure: FoveateError | None = None
         """Why the encoder is beyond repair, if it is."""
@@ -76,7 +77,7 @@ class Pipeline:
         self._encoder = encoder
         self._pictures = pictures
         self._settings = settings
-        self._identity = identity
+        self._name = name
         self._cores = len(os.sched_getaffinity(0))
         self._cache = EmbeddingCache(settings.vision.embedding_cache_bytes)
         self._shares = Shares(self._cache)
@@ -203,7 +204,7 @@ class Pipeline:
         """From a file's bytes to slices, if it is the first time that the picture is seen."""
         try:
             began = time.monotonic()
-            waiter.digest = digest(data, plan, self._identity)
+            waiter.digest = digest(data, plan, self._name)
             waiter.timings.decode = time.monotonic() - began
             claimed = self._shares.claim(waiter.digest, _patches(plan), waiter)
             if claimed is None:

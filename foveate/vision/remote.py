@@ -17,6 +17,7 @@ from foveate.errors import ConfigError, FoveateError, Unavailable, from_wire
 from foveate.transport.handle import Embeddings, Offer
 from foveate.vision import vision_pb2 as pb
 from foveate.vision.channels import open_channel
+from foveate.vision.digest import encoder_name
 from foveate.vision.replies import embeddings_in, reason_of
 from foveate.vision.rpc import TOKEN_KEY, Stub
 
@@ -104,6 +105,7 @@ class RemoteEncoder:
     Attributes:
         pending: slices that it has been asked for.
         restarts: whether it is started again when it dies.
+        encoder_name: its encoder's in digests, once it is known.
         problem: why it cannot be used, while it cannot.
     """
 
@@ -123,6 +125,7 @@ class RemoteEncoder:
         self.problem = "it has not answered yet"
         self.changed = asyncio.Event()
         self.transport = ""
+        self.encoder_name = ""
         self._engine = engine
         self._wanted_transport = transport
         self._identity = identity
@@ -301,6 +304,7 @@ class RemoteEncoder:
                 return
             self._reader, self.transport = attached.reader, attached.transport or ""
             self._attached = (offer.arena, engine)
+            self.encoder_name = encoder_name(health.identity, health.dtype)
             how = f"{health.dtype} on {health.device}, transport {self.transport}"
             logger.info("vision service %s: %s", self.name, how)
         self._failures["Health"] = 0

@@ -18,6 +18,7 @@ from foveate.config import Settings
 from foveate.errors import ConfigError
 from foveate.transport.handle import Publisher
 from foveate.vision.address import Address, UnixAddress
+from foveate.vision.digest import encoder_name
 from foveate.vision.encoder import VisionEncoder
 from foveate.vision.guard import UnixRelay, bind_tcp, check_listen, interceptors, private_folder, private_socket
 from foveate.vision.pipeline import Pipeline
@@ -97,7 +98,9 @@ class VisionServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         max_patches = self._settings.vision.vision_batch_size * math.prod(_usual_slice(self._pictures))
         dtype = str(self._encoder.dtype).removeprefix("torch.")
-        pipeline = Pipeline(self._encoder, self._pictures, self._settings, f"{self._identity} {dtype}", max_patches)
+        pipeline = Pipeline(
+            self._encoder, self._pictures, self._settings, encoder_name(self._identity, dtype), max_patches
+        )
         about = About(self._identity, str(self._encoder.device), dtype, self._encoder.hidden_size)
         servicer = VisionServicer(pipeline, self._publisher, self._settings, about)
         healths = health.aio.HealthServicer()

@@ -11,8 +11,9 @@ from watched import Service, file, page, png
 from foveate.media.slicing import plan_slices
 from foveate.models.minicpmv import VisionTower
 from foveate.vision import pipeline
+from foveate.vision.digest import digest
 from foveate.vision.encoder import VisionEncoder
-from foveate.vision.prepare import cut, digest
+from foveate.vision.prepare import cut
 
 NAME = "image1.jpg"
 PLAN = plan_slices(*asset(NAME).size)
