@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,10 +52,8 @@ class SlowHost:
                 pass
 
             def handle(self) -> None:
-                try:
+                with contextlib.suppress(ConnectionError):  # Whoever asked has hung up.
                     super().handle()
-                except ConnectionError:
-                    pass  # Whoever asked has hung up.
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
@@ -75,51 +75,57 @@ def host() -> Iterator[SlowHost]:
     made.server.server_close()
 
 
-def numbers(live: Live) -> tuple[float, float, float]:
-    """What the engine says of itself: steps, running sequences, and blocks that nobody holds."""
-    names = ("steps_total", "num_running", "free_blocks")
-    found = live.metrics()
-    steps, running, free = (found.get(f"foveate_engine_{name}", -1.0) for name in names)
-    return steps, running, free
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    """A server that fetches from this machine, for tests that leave it whole."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, live_server(Path(folder), FETCHING) as made:
+        yield made
 
 
-def has_begun(live: Live) -> bool:
-    """Whether the engine has computed the beginning of a prompt, and waits for the rest."""
-    steps, running, _ = numbers(live)
-    return steps == 1 and running == 1
+def engine(live: Live, name: str) -> float:
+    """One number of the engine's; -1 while it does not answer."""
+    return live.metrics().get(f"foveate_engine_{name}", -1.0)
+
+
+def begin(live: Live, eventually: Eventually) -> None:
+    """Wait until the engine has computed the beginning of a prompt, and waits for the rest."""
+    eventually(lambda: engine(live, "num_running") == 1)
+    eventually(lambda: engine(live, "steps_total") > 0)
 
 
 def see_nothing_left(live: Live, eventually: Eventually) -> None:
-    total = live.metrics()["foveate_engine_total_blocks"]
-    eventually(lambda: numbers(live)[1:] == (0, total))
+    """See that nobody holds blocks or leases, or waits for anything."""
+    eventually(lambda: engine(live, "num_running") == engine(live, "num_waiting") == 0)
+    assert engine(live, "free_blocks") == engine(live, "total_blocks")
     eventually(lambda: live.vision("arena_leases") == 0)
     eventually(lambda: live.vision("pictures_running") == 0)
     assert live.metrics()["foveate_requests_running"] == 0
 
 
 def test_the_first_picture_is_looked_at_while_the_second_is_fetched(
-    host: SlowHost, runtime: Path, server: RunningServer, pool: ThreadPoolExecutor, eventually: Eventually
+    host: SlowHost, live: Live, server: RunningServer, pool: ThreadPoolExecutor, eventually: Eventually
 ) -> None:
     expected = ask(server.url, FIRST, SECOND)
-    with live_server(runtime, FETCHING) as live:
-        asked = pool.submit(live.post, FIRST, host.part, timings=True, ignore_eos=True)
-        eventually(lambda: has_begun(live))
-        assert live.vision("pictures_total") == 1
-        # Text is answered meanwhile, and the prompt goes no further.
-        assert live.post().status_code == 200
-        assert numbers(live)[1] == 1
-        assert not asked.done()
-        host.go_on.set()
-        answer = asked.result()
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["choices"][0]["message"]["content"] == expected
-        assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 11 * 64
-        timings = answer.json()["timings"]
-        assert max(timings.values()) == timings["total"]
-        # What it waited for is not what it cost.
-        assert timings["wait"] > timings["prefill"]
-        assert live.metrics()['foveate_pictures_total{cached="false"}'] == 2
-        see_nothing_left(live, eventually)
+    assert engine(live, "steps_total") == 0
+    asked = pool.submit(live.post, FIRST, host.part, timings=True, ignore_eos=True)
+    eventually(lambda: engine(live, "steps_total") == 1)
+    assert live.vision("pictures_total") == 1
+    # Text is answered meanwhile, and the prompt goes no further.
+    assert live.post().status_code == 200
+    assert engine(live, "num_running") == 1
+    assert not asked.done()
+    host.go_on.set()
+    answer = asked.result()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+    assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 11 * 64
+    timings = answer.json()["timings"]
+    assert max(timings.values()) == timings["total"]
+    # It waited for its picture at least as long as that was fetched, and that is no part of its prefill.
+    assert timings["wait"] + timings["prefill"] <= timings["total"]
+    assert timings["wait"] > 0
+    assert live.vision("pictures_total") == 2
+    see_nothing_left(live, eventually)
 
 
 def test_pictures_follow_as_they_are_encoded(
@@ -128,7 +134,7 @@ def test_pictures_follow_as_they_are_encoded(
     expected = ask(server.url, *PAGES)
     with live_server(runtime, *SLOW) as live:
         asked = pool.submit(live.ask, *PAGES)
-        eventually(lambda: numbers(live)[0] > 0)
+        eventually(lambda: engine(live, "steps_total") > 0)
         assert live.vision("pictures_running") > 0
         assert asked.result() == expected
         assert live.ask(*PAGES) == expected
@@ -141,7 +147,7 @@ def test_an_encoder_that_dies_between_two_pictures_loses_nothing(
     expected = ask(server.url, FIRST, SECOND)
     with live_server(runtime, FETCHING) as live:
         asked = pool.submit(live.ask, FIRST, host.part)
-        eventually(lambda: has_begun(live))
+        begin(live, eventually)
         with Talker(live) as talker:
             eventually(lambda: talker.pieces > 0)
             kill_encoder(live, talker, eventually)
@@ -157,7 +163,7 @@ def test_an_engine_that_dies_between_two_pictures_is_an_error(
 ) -> None:
     with live_server(runtime, FETCHING) as live:
         asked = pool.submit(live.post, FIRST, host.part)
-        eventually(lambda: has_begun(live))
+        begin(live, eventually)
         live.engine.kill()
         assert asked.result().json()["error"]["code"] == "engine_error"
         eventually(live.is_ready)
@@ -176,43 +182,41 @@ def test_a_picture_that_fails_later_is_named_all_the_same(
     reason: str,
     stream: bool,
     host: SlowHost,
-    runtime: Path,
+    live: Live,
     pool: ThreadPoolExecutor,
     eventually: Eventually,
 ) -> None:
-    host.rest = rest if rest is not None else bytes(len(host.rest))
-    with live_server(runtime, FETCHING) as live:
-        asked = pool.submit(live.post, FIRST, host.part, stream=stream)
-        eventually(lambda: has_begun(live))
-        host.go_on.set()
-        answer = asked.result()
-        assert answer.status_code == 400, answer.text
-        error = answer.json()["error"]
-        assert (error["code"], error["param"]) == (code, "messages[0].content[1]")
-        assert error["message"].startswith("Picture 2 (messages[0].content[1]): ")
-        assert reason in error["message"]
-        see_nothing_left(live, eventually)
+    host.rest = rest if rest is not None else b"\xff" * len(host.rest)
+    asked = pool.submit(live.post, FIRST, host.part, stream=stream)
+    begin(live, eventually)
+    host.go_on.set()
+    answer = asked.result()
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == (code, "messages[0].content[1]")
+    assert error["message"].startswith("Picture 2 (messages[0].content[1]): ")
+    assert reason in error["message"]
+    see_nothing_left(live, eventually)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_between_two_pictures_leaves_nothing(
-    stream: bool, host: SlowHost, runtime: Path, eventually: Eventually
+    stream: bool, host: SlowHost, live: Live, eventually: Eventually
 ) -> None:
-    with live_server(runtime, FETCHING) as live:
-        send_and_hang_up(live, question(FIRST, host.part, stream=stream), lambda: has_begun(live), eventually)
-        see_nothing_left(live, eventually)
-        assert live.metrics()["foveate_engine_aborted_total"] == 1
-        host.go_on.set()
-        assert live.post(FIRST, host.part).status_code == 200
+    aborted = engine(live, "aborted_total")
+    fields = question(FIRST, host.part, stream=stream)
+    send_and_hang_up(live, fields, lambda: engine(live, "num_running") == 1, eventually)
+    see_nothing_left(live, eventually)
+    assert engine(live, "aborted_total") == aborted + 1
+    host.go_on.set()
+    assert live.post(FIRST, host.part).status_code == 200
 
 
-def test_a_prompt_that_is_known_needs_no_step_of_its_own(runtime: Path, eventually: Eventually) -> None:
-    with live_server(runtime) as live:
-        first = live.post(FIRST, SECOND).json()
-        before = numbers(live)[0]
-        again = live.post(FIRST, SECOND).json()
-        assert again["choices"] == first["choices"]
-        # The whole prompt is one part, however the pictures came.
-        assert numbers(live)[0] - before == again["usage"]["completion_tokens"]
-        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 11 * 64
-        see_nothing_left(live, eventually)
+def test_a_prompt_that_is_known_is_one_part_however_its_pictures_come(live: Live, eventually: Eventually) -> None:
+    first = live.post(FIRST, SECOND).json()
+    before = engine(live, "steps_total")
+    again = live.post(FIRST, SECOND).json()
+    assert again["choices"] == first["choices"]
+    assert engine(live, "steps_total") - before == again["usage"]["completion_tokens"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 11 * 64
+    see_nothing_left(live, eventually)

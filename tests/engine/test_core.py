@@ -12,7 +12,18 @@ from golden_data import TINY
 from foveate.checkpoint.load import load_model
 from foveate.config import EngineSettings
 from foveate.engine.core import EngineCore
-from foveate.engine.messages import Abort, Chunk, Failure, Generate, GetStats, ImageSlot, SamplingParams, Stats, Step
+from foveate.engine.messages import (
+    Abort,
+    AddEmbeddings,
+    Chunk,
+    Failure,
+    Generate,
+    GetStats,
+    ImageSlot,
+    SamplingParams,
+    Stats,
+    Step,
+)
 from foveate.engine.runner import ModelRunner
 from foveate.engine.scheduler import Scheduler
 from foveate.models.minicpmv import MiniCPMV
@@ -103,6 +114,45 @@ def test_a_handle_whose_lease_is_over_is_an_error(core: EngineCore, arena: Local
     arena.release(handle)
     request = msgspec.structs.replace(generate(), images=[ImageSlot(ranges=[(0, 2)], embeddings=handle)])
     assert refusal(core, request).code == "unavailable"
+
+
+def early(core: EngineCore, arena: LocalArena) -> None:
+    """Send a prompt whose second picture follows, and have it computed as far as that."""
+    first = ImageSlot(ranges=[(1, 1)], embeddings=arena.publish(torch.zeros(1, 256), b"d"))
+    images = [first, ImageSlot(ranges=[(3, 2)])]
+    assert core.handle(msgspec.structs.replace(generate(prompt=[5] * 6), images=images)) == []
+    assert finish(core) == ([], [])
+    assert core.scheduler.stats().num_running == 1
+
+
+def test_a_picture_that_follows_has_its_time(core: EngineCore, arena: LocalArena) -> None:
+    early(core, arena)
+    assert core.handle(AddEmbeddings("r", 1, arena.publish(torch.ones(2, 256), b"e"))) == []
+    assert arena.num_leases == 0
+    chunks, failures = finish(core)
+    assert not failures
+    times = [chunk.times for chunk in chunks if chunk.times is not None]
+    assert len(times) == 1
+    assert min(times[0].read, times[0].wait, times[0].prefill) > 0
+
+
+def test_a_picture_that_follows_and_does_not_fit_ends_its_request(core: EngineCore, arena: LocalArena) -> None:
+    early(core, arena)
+    [reply] = core.handle(AddEmbeddings("r", 1, arena.publish(torch.ones(3, 256), b"e")))
+    assert isinstance(reply, Step)
+    assert [(failure.request_id, failure.status) for failure in reply.failures] == [("r", 400)]
+    assert arena.num_leases == 0
+    assert core.scheduler.stats().free_blocks == core.runner.num_blocks
+
+
+@pytest.mark.parametrize("image", [0, 1, 7])
+def test_pictures_that_nobody_waits_for_are_released(core: EngineCore, arena: LocalArena, image: int) -> None:
+    early(core, arena)
+    if image == 1:
+        core.handle(Abort("r"))
+    assert core.handle(AddEmbeddings("r", image, arena.publish(torch.ones(9, 256), b"e"))) == []
+    assert arena.num_leases == 0
+    core.handle(Abort("r"))
 
 
 def test_abort_frees_at_once(core: EngineCore) -> None:

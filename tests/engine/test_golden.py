@@ -17,7 +17,7 @@ from replays import Repeater
 from foveate.checkpoint.load import load_model
 from foveate.config import EngineSettings
 from foveate.engine.core import EngineCore
-from foveate.engine.messages import Chunk, Generate, ImageSlot, SamplingParams
+from foveate.engine.messages import AddEmbeddings, Chunk, Generate, ImageSlot, SamplingParams
 from foveate.engine.runner import ModelRunner
 from foveate.engine.scheduler import Scheduler
 from foveate.models.minicpmv import MiniCPMV
@@ -176,6 +176,29 @@ def test_prefix_hit_gives_the_same_answer(make: Make) -> None:
     assert [token for chunk in chunks for token in chunk.token_ids] == expected
     prompt_length = len(tensors("two_images")["input_ids"])
     assert chunks[-1].num_cached_tokens == (prompt_length - 1) // 16 * 16
+
+
+@pytest.mark.parametrize("digest", [b"two_images/1", b""], ids=["known", "unknown"])
+def test_pictures_that_follow_the_prompt(digest: bytes, make: Make) -> None:
+    engine = make()
+    expected = golden_ids("two_images", "greedy_ids")
+    for n in (2, 1):  # The second time from the prefix cache.
+        request = engine.request("two_images", n=n)
+        first, second = request.images
+        assert second.embeddings is not None
+        early = msgspec.structs.replace(request, images=[first, ImageSlot(ranges=second.ranges, digest=digest)])
+        assert engine.core.handle(early) == []
+        chunks = []
+        while engine.core.scheduler.has_work:
+            chunks += engine.core.step().chunks
+        assert bool(chunks) == (n == 1 and digest != b"")
+        assert engine.core.handle(AddEmbeddings(request.request_id, 1, second.embeddings)) == []
+        assert engine.arena.num_leases == 0
+        while engine.core.scheduler.has_work:
+            chunks += engine.core.step().chunks
+        engine.core.scheduler.check()
+        for index in range(n):
+            assert [token for one in chunks if one.index == index for token in one.token_ids] == expected
 
 
 def test_another_picture_is_no_hit(make: Make, embeddings: dict[str, list[torch.Tensor]]) -> None:

@@ -156,3 +156,24 @@ def test_steps_are_kept_short_but_a_large_slice_goes_alone() -> None:
     while step := batcher.next_step():
         taken.append(sizes(step))
     assert taken == [[1000, 1000], [1000, 1000], [1000], [4000]]
+
+
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=2, max_size=12), st.integers(60, 150))
+def test_steps_are_kept_short_with_any_number_of_pictures_and_the_oldest_goes_first(
+    pictures: list[list[int]], usual: int
+) -> None:
+    batcher: Batcher[Job] = Batcher(16, 1000, usual_patches=usual)
+    jobs = [Job(patches) for patches in pictures]
+    for request, job in enumerate(jobs):
+        batcher.add(job, request)
+    done: list[Job] = []
+    while step := batcher.next_step():
+        assert sum(sizes(step)) <= usual
+        oldest = next(job for job in jobs if job not in done)
+        assert oldest in {job for job, _ in step}
+        # The step is full: not even the next slice would have had room.
+        following = next((job for job in jobs if not job.all_taken), None)
+        assert following is None or len(step) == 16 or sum(sizes(step)) + following.patches[following.taken] > usual
+        done += batcher.finish(step)
+        assert set(done) == set(jobs[: len(done)])
+    assert len(done) == len(jobs)
