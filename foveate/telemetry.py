@@ -29,7 +29,8 @@ STAGES = (
     "fetch", "picture_decode", "slice", "queue", "encode", "write", "wait", "read", "prefill", "decode",
 )  # fmt: skip
 """What a request goes through: its pictures are fetched, decoded, cut, wait for the encoder, are encoded, and written;
-then it waits for the engine, its embeddings are read, its prompt is prefilled, and its answer is decoded."""
+then it waits for the engine, its embeddings are read, its prompt is prefilled, and its answer is decoded. With several
+pictures, it waits for those that come after the first one too, and that is no part of the prefill."""
 LogName = Literal["api", "engine", "vision"]
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
