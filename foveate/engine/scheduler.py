@@ -1,60 +1,56 @@
 """Decides, step by step, which tokens of which sequences the model runs.
 
-A step has one budget of tokens. Running sequences use it first, in the order of their admission, then new
-ones, first come first served; a prompt that does not fit into what is left is prefilled in chunks. Where answers
-go on, prompts get less: a step with few tokens takes little longer than one that only decodes, since the
-weights have to be read anyway (the chunked prefill of Sarathi, Agrawal et al., 2023). A prompt may come
-before the rows of its pictures: it is prefilled as far as the first one that is missing, and *stalls* there until that
-is supplied. It keeps its blocks as long as nobody needs them.
+A step has one budget of tokens. Every running sequence is sure of one; what is left is for prompts that go on, in the
+order of their admission, then for new ones, first come first served. A prompt that does not fit is prefilled in chunks.
+Where answers go on, prompts get less: a step with few tokens takes little longer than one that only decodes, since the
+weights have to be read anyway (the chunked prefill of Sarathi, Agrawal et al., 2023).
+
+A prompt may come before the rows of its pictures: it is prefilled as far as the first one that is missing, and *stalls*
+there until that is supplied. It keeps its blocks as long as nobody needs them.
 
 Steps may overlap: with a ``depth`` of 1, the next step is scheduled while one is still *open*, that is, before
 anybody knows the tokens that it chooses. They have their places already (:attr:`Sequence.num_placed`), and the
 runner has them on the device. A sequence that turns out to have ended has a part in one more step, whose token
 for it is dropped. Aborts and preemptions need not wait for open steps either.
 
-With speculation (:mod:`foveate.engine.speculation`), a step in which nobody is in its prompt runs guesses behind the newest
+With speculation (:mod:`foveate.engine.speculation`), a step of nothing but decodes runs guesses behind the newest
 tokens. How many tokens it brings is known only when it has ended, and guesses need the newest tokens: so no step is
 scheduled behind an open one that has drafts, nor while anybody has guesses. Nobody loses a block to a guess.
 
 The code leans on these invariants:
 
-* Only the last running sequence, and those that came before their pictures, can be in the middle of their prompts: it
-  took all that was left, so nobody was admitted after it. The others need one token each, and everybody is sure of
-  one. So every running sequence is part of every step, unless it is stalled or an open step is sure to choose its
-  last token.
+* Only the last running sequence, and those that came before their pictures, can be in the middle of their prompts: the
+  last one took all that was left, so nobody was admitted after it. So every running sequence is part of every step,
+  unless it is stalled or an open step is sure to choose its last token.
 * A sequence gets the blocks of all its known tokens when it is admitted. So only one that generates can
   lack a block later, and only for its next token.
 * Steps run in the order in which they were scheduled. So blocks can be freed while an open step still writes
   to them: whoever gets them is part of a later step, and writes before it reads.
-* Full blocks are registered for sharing as soon as their tokens are known and the step that computes them is
-  scheduled, so sequences of one step share as well (the runner writes a layer's keys and values of the whole
-  step before it reads any). If a step fails, it is given up together with all that were scheduled after it
-  (:meth:`Scheduler.rollback`): else a hash could lead to a block that was never written. What the step of a
-  sequence that has ended writes behind its last token is never in a registered block, since its token is unknown.
+* Others share a block as soon as the step that fills it is scheduled (:mod:`foveate.engine.kv_manager`). If a step
+  fails, it is given up together with all that were scheduled after it (:meth:`Scheduler.rollback`): else a hash could
+  lead to a block that was never written.
 
-Two policies say when a sequence is admitted. ``guaranteed_no_evict`` wants all blocks that it can ever
-need, beside what the running ones can still come to need. ``max_utilization`` wants blocks for the tokens
-it has now and one more for everybody; when a running sequence still comes to lack one, whoever was admitted
-last gives up its own, waits at the head of the queue and is computed again, with the tokens that it has
-generated. The oldest never gives up its blocks, so there is always progress. With both policies the stalled ones give
-up theirs to whoever would be admitted, the youngest first, and wait for their pictures at the head of the queue;
-meanwhile others overtake them.
+When a running sequence lacks a block, which only ``max_utilization`` lets happen, whoever was admitted last gives up
+its own, waits at the head of the queue and is computed again, with the tokens that it has generated. The oldest of
+those that are not stalled never does, so there is always progress. The stalled ones give up theirs first, and with both
+policies to whoever would be admitted, and wait for their pictures at the head of the queue; others overtake them.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import asdict
 from itertools import islice, zip_longest
 
 from foveate.config import EngineSettings
 from foveate.engine.blocks import BlockAllocator
+from foveate.engine.kv_manager import KVManager
 from foveate.engine.messages import FinishReason, Stats
 from foveate.engine.sequence import Sequence, SequenceStatus
 from foveate.engine.speculation import Speculation, can_draft
-from foveate.engine.step import SampledToken, ScheduledBatch, ScheduledSeq
-from foveate.errors import ContextLengthExceeded, EngineError, Overloaded
-
-RETRY_AFTER_SECONDS = 1.0
+from foveate.engine.step import Counts, SampledToken, ScheduledBatch, ScheduledSeq
+from foveate.engine.waiting import WaitingQueue
+from foveate.errors import EngineError
 
 
 class Scheduler:
@@ -68,7 +64,7 @@ class Scheduler:
         depth: steps that may be open when another one is scheduled: 0 or 1.
 
     Attributes:
-        waiting: sequences that wait, the next one first. Look, but do not touch.
+        waiting: sequences that wait. Look, but do not touch.
         running: sequences that hold blocks, in the order of their admission. Look, but do not touch.
         allocator: the KV blocks.
     """
@@ -82,26 +78,21 @@ class Scheduler:
         self.max_num_tokens = settings.max_num_tokens
         mixed = settings.max_mixed_tokens
         self.max_mixed_chunk = max(mixed - settings.max_batch_size, 1) if mixed else settings.max_num_tokens
-        self.max_queue_size = settings.max_queue_size
         self.max_input_len = min(settings.max_input_len or max_seq_len, max_seq_len - 1)
         self.max_image_tokens = min(settings.max_image_tokens or self.max_input_len, self.max_input_len)
-        self.guaranteed = settings.scheduler_policy == "guaranteed_no_evict"
-        self.waiting: deque[Sequence] = deque()
+        self._kv = KVManager(self.allocator, guaranteed=settings.scheduler_policy == "guaranteed_no_evict")
+        self.waiting = WaitingQueue(settings.max_queue_size, self.max_input_len, self._kv)
         self.running: list[Sequence] = []
         self.depth = depth
         self._open: deque[ScheduledBatch] = deque()
         self._speculation = Speculation(settings, self.allocator)
-        self._steps = self._preemptions = self._finished = self._aborted = 0
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._counts = Counts()
 
     @property
     def has_work(self) -> bool:
         """Whether there is anything to do: a step to schedule, or one to wait for."""
-        return bool(
-            self._open
-            or any(not seq.stalled for seq in self.running)
-            or any(self._can_start(seq) for seq in self.waiting)
-        )
+        can_go_on = self._open or any(not seq.stalled for seq in self.running)
+        return bool(can_go_on) or self.waiting.next() is not None
 
     def add(self, *seqs: Sequence) -> None:
         """Queue the sequences of a request: all of them, or with an error none.
@@ -110,12 +101,7 @@ class Scheduler:
             ContextLengthExceeded: a sequence can never fit.
             Overloaded: too many sequences wait already.
         """
-        for seq in seqs:
-            self._validate(seq)
-        if len(self.waiting) + len(seqs) > self.max_queue_size:
-            message = f"{len(self.waiting)} sequences wait already, and at most {self.max_queue_size} may"
-            raise Overloaded(message, retry_after=RETRY_AFTER_SECONDS)
-        self.waiting.extend(seqs)
+        self.waiting.add(*seqs)
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose the next step, or None if there is nothing to do, or nothing until an open step ends.
@@ -139,7 +125,7 @@ class Scheduler:
         for seq in going:
             items.append(self._chunk(seq, 1 + budget))
             budget -= items[-1].num_tokens - 1
-        # Whoever just lost its blocks cannot be admitted: it needs all that it freed, and one is gone.
+        # Whoever just lost its blocks is hardly ever admitted here: it needs what it freed, and some of that is gone.
         while budget and (admitted := self._admit_next(stalled)) is not None:
             items.append(self._chunk(admitted, budget))
             budget -= items[-1].num_tokens
@@ -172,7 +158,7 @@ class Scheduler:
         if len(sampled) != sum(item.num_choices for item in sampling):
             raise EngineError(f"the step chose {len(sampled)} tokens for {len(sampling)} sequences")
         self._open.popleft()
-        self._steps += 1
+        self._counts.steps += 1
         results: list[SampledToken] = []
         chosen = iter(sampled)
         for item in sampling:
@@ -217,22 +203,16 @@ class Scheduler:
         return [seq for seq in (*self.running, *self.waiting) if seq.request_id == request_id]
 
     def stats(self) -> Stats:
-        """Return a snapshot. Prompt and cached tokens count once a sequence, when it is first admitted."""
+        """Return a snapshot."""
         return Stats(
             num_waiting=len(self.waiting),
             num_running=len(self.running),
             free_blocks=self.allocator.num_free,
             cached_blocks=self.allocator.num_cached,
             total_blocks=self.allocator.num_blocks,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
-            generated_tokens=self._generated_tokens,
             draft_tokens=self._speculation.num_drafts,
             accepted_tokens=self._speculation.num_accepted,
-            preemptions=self._preemptions,
-            finished=self._finished,
-            aborted=self._aborted,
+            **asdict(self._counts),
         )
 
     def check(self) -> None:
@@ -241,50 +221,51 @@ class Scheduler:
         Raises:
             EngineError: one does not hold; the message says which.
         """
-        self.allocator.check(seq.block_table for seq in self.running)
-        for seq in self.waiting:
-            if seq.status is not SequenceStatus.WAITING or seq.block_table or seq.num_computed_tokens:
-                raise EngineError(f"{seq} waits, but has the state of one that runs")
+        self._kv.check(self.running)
+        self.waiting.check()
         for seq in self.running:
             if seq.status is not SequenceStatus.RUNNING:
                 raise EngineError(f"{seq} is among the running, but does not say so")
-            for block, block_hash in zip(seq.block_table, self._hashes(seq), strict=False):
-                if self.allocator.hash_of(block) not in (None, block_hash):
-                    raise EngineError(f"{seq} holds block {block}, which is registered for other contents")
         for seq in self.running[:-1]:
             if seq.num_computed_tokens != seq.num_placed - 1 and not seq.came_early:
                 raise EngineError(f"{seq} is not the last admitted, but in the middle of its prompt")
-        promised = sum(self._promised(seq, len(seq.block_table)) for seq in self.running)
-        if self.guaranteed and promised > self.allocator.num_free:
-            raise EngineError(f"{promised} blocks are promised, but {self.allocator.num_free} are free")
 
     def _make_room(self) -> None:
         """Give every running sequence the block of its next token, if need be at the cost of the youngest."""
         position = 0
         while position < len(self.running):
             seq = self.running[position]
-            if not self._goes_on(seq) or self.allocator.extend(seq.block_table, seq.num_placed):
+            if not self._goes_on(seq) or self._kv.extend(seq):
                 position += 1
-            else:  # The last one: it has no part in this step yet, and may be this very sequence.
-                self._preempt(self.running.pop())
+            else:
+                position -= self._preempt_one() < position
+
+    def _preempt_one(self) -> int:
+        """Take the blocks of the youngest that is stalled, or else of the youngest, and return its place.
+
+        It has no part in this step yet, and may be the one that lacks a block.
+        """
+        places = range(len(self.running))
+        place = next((place for place in reversed(places) if self.running[place].stalled), places[-1])
+        self._preempt(self.running.pop(place))
+        return place
 
     def _preempt(self, seq: Sequence) -> None:
-        self.allocator.free(seq.block_table)
-        seq.num_computed_tokens = seq.num_offered_blocks = 0
+        self._kv.take_back(seq)
         seq.is_decoding = False
         seq.num_preemptions += 1
         seq.parked = bool(seq.missing)
         seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
-        self._preemptions += 1
+        self.waiting.put_back(seq)
+        self._counts.preemptions += 1
 
     def _admit_next(self, stalled: list[Sequence]) -> Sequence | None:
         """Admit the first in the queue that can start, if need be at the cost of stalled ones. Nobody overtakes it."""
-        seq = next((seq for seq in self.waiting if self._can_start(seq)), None)
+        seq = self.waiting.next()
         # One with a token on its way was just preempted: the host must know that to have it computed again.
         if seq is None or seq.num_pending:
             return None
-        while not self._give_blocks(seq):
+        while len(self.running) >= self.max_batch_size or not self._kv.start(seq, self.running):
             if not stalled:
                 return None
             self.running.remove(stalled[-1])
@@ -294,8 +275,8 @@ class Scheduler:
         self.running.append(seq)
         if not seq.num_preemptions:
             seq.num_cached_tokens = seq.num_computed_tokens
-            self._prompt_tokens += seq.num_prompt_tokens
-            self._cached_tokens += seq.num_cached_tokens
+            self._counts.prompt_tokens += seq.num_prompt_tokens
+            self._counts.cached_tokens += seq.num_cached_tokens
         return seq
 
     def _budget(self, going: list[Sequence]) -> int:
@@ -305,33 +286,6 @@ class Scheduler:
         if prompts == len(going):
             return left
         return min(left, max(self.max_mixed_chunk - prompts, 0))
-
-    def _can_start(self, seq: Sequence) -> bool:
-        """Whether there is something to compute of a sequence that waits."""
-        if not seq.missing:
-            return True
-        start = len(self._hit(seq)) * self.allocator.block_size
-        return not seq.parked and seq.computable(start) > start
-
-    def _hit(self, seq: Sequence) -> list[int]:
-        """Return the blocks that hold a sequence's prefix already."""
-        # The newest token is always computed, as its logits are wanted: its block is not part of a hit.
-        return self.allocator.match_prefix(self._hashes(seq)[: (seq.num_tokens - 1) // self.allocator.block_size])
-
-    def _give_blocks(self, seq: Sequence) -> bool:
-        """Give a sequence blocks for all of its tokens, if there is a place for it and there are enough."""
-        if len(self.running) >= self.max_batch_size:
-            return False
-        hit, num_blocks = self._hit(seq), self.allocator.blocks_for(seq.num_tokens)
-        spare = self._promised(seq, num_blocks)
-        spare += sum(self._promised(other, len(other.block_table)) for other in self.running)
-        table = self.allocator.allocate(hit, num_blocks - len(hit), spare=spare)
-        if table is None:
-            return False
-        seq.block_table = table
-        seq.num_offered_blocks = len(hit)
-        seq.num_computed_tokens = len(hit) * self.allocator.block_size
-        return True
 
     def _going(self) -> list[Sequence]:
         """Return those who run and need another step that can be run now."""
@@ -349,40 +303,8 @@ class Scheduler:
         seq.num_computed_tokens = end
         seq.num_pending += samples
         seq.is_decoding |= samples
-        self._register(seq)
+        self._kv.register(seq)
         return ScheduledSeq(seq, start, end - start, samples, tuple(seq.block_table[start // size : end // size]))
-
-    def _register(self, seq: Sequence) -> None:
-        """Offer those of a sequence's blocks to the prefix cache that are full, of known tokens, and computed."""
-        hashes = self._hashes(seq)
-        full = min(seq.num_computed_tokens // self.allocator.block_size, len(hashes))
-        for index in range(seq.num_offered_blocks, full):
-            self.allocator.register(seq.block_table[index], hashes[index])
-        seq.num_offered_blocks = max(full, seq.num_offered_blocks)
-
-    def _validate(self, seq: Sequence) -> None:
-        if seq.num_prompt_tokens > self.max_input_len:
-            message = f"the prompt has {seq.num_prompt_tokens} tokens"
-            raise ContextLengthExceeded(f"{message}, but at most {self.max_input_len} are allowed")
-        if self._most_blocks(seq) > self.allocator.num_blocks:
-            capacity = self.allocator.num_blocks * self.allocator.block_size
-            message = f"prompt ({seq.num_prompt_tokens} tokens) and answer may take {seq.max_len} tokens"
-            raise ContextLengthExceeded(f"{message}, but the KV cache holds {capacity}")
-
-    def _most_blocks(self, seq: Sequence) -> int:
-        """Blocks for a sequence at its longest. Its very last token is chosen, but never run."""
-        return self.allocator.blocks_for(seq.max_len - 1)
-
-    def _promised(self, seq: Sequence, num_blocks: int) -> int:
-        """Free blocks to keep for a sequence that has ``num_blocks``: all it can ever need, or just the next.
-
-        Without the next one, whoever is admitted last would often be preempted at once.
-        """
-        more = self._most_blocks(seq) - num_blocks
-        return more if self.guaranteed else min(more, 1)
-
-    def _hashes(self, seq: Sequence) -> list[bytes]:
-        return seq.block_hashes(self.allocator.block_size) if self.allocator.enable_prefix_caching else []
 
     def _take_tokens(self, item: ScheduledSeq, token_ids: list[int]) -> list[SampledToken]:
         """Take what a step chose, as long as it ran the right tokens."""
@@ -390,7 +312,7 @@ class Scheduler:
         for token_id, draft in zip_longest(token_ids, item.drafts):
             if results:  # The draft before this was right, and so are its keys and values.
                 item.seq.num_computed_tokens += 1
-                self._register(item.seq)
+                self._kv.register(item.seq)
             results.append(self._take_token(item.seq, token_id))
             if token_id != draft or results[-1].finish_reason is not None:
                 break
@@ -401,18 +323,18 @@ class Scheduler:
         reason = seq.check_stop(token_id)
         if reason != "stop":
             seq.append(token_id)
-            self._generated_tokens += 1
+            self._counts.generated_tokens += 1
         if reason is not None:
             self._finish(seq, reason)
-            self._finished += 1
+            self._counts.finished += 1
         elif seq.num_pending:
-            self._register(seq)  # The next step is open already, and may fill a block whose last token this is.
+            self._kv.register(seq)  # The next step is open already, and may fill a block whose last token this is.
         return SampledToken(seq, token_id, reason)
 
     def _abort(self, seqs: list[Sequence]) -> list[Sequence]:
         for seq in seqs:
             self._finish(seq, "abort")
-            self._aborted += 1
+            self._counts.aborted += 1
         self._drop_finished()
         return seqs
 
@@ -424,4 +346,4 @@ class Scheduler:
 
     def _drop_finished(self) -> None:
         self.running = [seq for seq in self.running if seq.status is not SequenceStatus.FINISHED]
-        self.waiting = deque(seq for seq in self.waiting if seq.status is not SequenceStatus.FINISHED)
+        self.waiting.drop_finished()

@@ -64,3 +64,19 @@ class SampledToken:
     seq: Sequence
     token_id: int
     finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has come of all steps so far, for :class:`foveate.engine.messages.Stats`.
+
+    Prompt and cached tokens count once a sequence, when it is first admitted.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    aborted: int = 0

@@ -1,167 +1,24 @@
-"""A scheduler with a fake model, whose answers depend on what the KV cache really holds.
-
-The fake model writes a record for every token that a step runs into the slot that the block table names,
-then reads the whole context back through the table. A block that is shared wrongly, lost, reused too
-early or never written shows as a wrong context at once.
+"""A scheduler with a fake model (:mod:`fake_model`), watched at every step.
 
 Like a device it runs steps in the order in which they were launched, and knows the tokens that it chose before
 the scheduler does; unlike one it can put a step off until somebody asks for its results.
 """
 
+from __future__ import annotations
+
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable
 from itertools import groupby
+from random import Random
 from typing import Any, Literal
 
+from fake_model import MAX_SEQ_LEN, Choose, FakeModel, Part, answer_alone, next_token, repeating_token
+
 from foveate.config import EngineSettings
-from foveate.engine.messages import SamplingParams
 from foveate.engine.scheduler import Scheduler
-from foveate.engine.sequence import ImageSpan, Sequence, SequenceStatus
+from foveate.engine.sequence import Sequence, SequenceStatus
 from foveate.engine.step import SampledToken, ScheduledBatch
 from foveate.errors import Unavailable
-
-UNK, EOS, VOCAB = 9, 0, 8
-MAX_SEQ_LEN = 40
-Record = tuple[int, int, int, int]
-
-
-def sequence(
-    name: str,
-    tokens: list[int],
-    images: list[ImageSpan] | None = None,
-    index: int = 0,
-    missing: Iterable[int] = (),
-    **sampling: Any,
-) -> Sequence:
-    return Sequence(
-        request_id=name,
-        index=index,
-        prompt_token_ids=tokens,
-        sampling=SamplingParams(**{"max_tokens": 4, **sampling}),
-        eos_token_ids=frozenset({EOS}),
-        max_seq_len=MAX_SEQ_LEN,
-        images=images or [],
-        missing=set(missing),
-    )
-
-
-def records(tokens: list[int], images: list[ImageSpan]) -> list[Record]:
-    """Return (token, position, picture's digest, row) for every token: all that keys and values depend on."""
-    result: list[Record] = [(token, position, 0, 0) for position, token in enumerate(tokens)]
-    for image in images:
-        positions = (start + offset for start, length in image.ranges for offset in range(length))
-        for row, position in enumerate(positions):
-            result[position] = (tokens[position], position, int.from_bytes(image.digest), row)
-    return result
-
-
-def next_token(context: list[Record]) -> int:
-    """Choose a token as a function of nothing but the context, all of it."""
-    return hash(tuple(context)) // VOCAB % VOCAB  # The hash of integers is the same in every process.
-
-
-def repeating_token(context: list[Record]) -> int:
-    """Choose a token as a function of the last two, mostly, so that answers repeat themselves for a while."""
-    if len(context) % 7 == 0:
-        return next_token(context)
-    return hash(tuple(token for token, *_ in context[-2:])) // VOCAB % VOCAB
-
-
-Choose = Callable[[list[Record]], int]
-
-
-def answer_alone(seq: Sequence, choose: Choose = next_token) -> tuple[list[int], str]:
-    """Return the answer and its finish reason, without any scheduler, cache or neighbour."""
-    context = records(seq.token_ids[: seq.num_prompt_tokens], seq.images)
-    answer: list[int] = []
-    ends = set(seq.sampling.stop_token_ids) | (set() if seq.sampling.ignore_eos else {EOS})
-    while True:
-        token = choose(context)
-        if token in ends and len(answer) >= seq.sampling.min_tokens:
-            return answer, "stop"
-        answer.append(token)
-        context.append((token, len(context), 0, 0))
-        if len(answer) == seq.sampling.max_tokens or len(context) == MAX_SEQ_LEN:
-            return answer, "length"
-
-
-@dataclass
-class Part:
-    """What a step needs of a sequence, as it is when the step is launched."""
-
-    seq: Sequence
-    start: int
-    end: int
-    samples: bool
-    block_table: list[int]
-    known: list[int]
-    drafts: list[int]
-
-
-@dataclass
-class FakeModel:
-    """A KV cache of records, one a slot, and the newest token of every sequence."""
-
-    block_size: int
-    choose: Choose = next_token
-    slots: dict[int, Record] = field(default_factory=dict)
-    newest: dict[Sequence, int] = field(default_factory=dict)
-
-    def launch(self, batch: ScheduledBatch) -> Callable[[], list[int]]:
-        """Return what runs the step, once, and tells the chosen tokens."""
-        parts = self.parts(batch)
-        return cache(lambda: self.run(parts))
-
-    def parts(self, batch: ScheduledBatch) -> list[Part]:
-        for item in batch.items:
-            for number in item.seq.missing:
-                for start, length in item.seq.images[number].ranges:
-                    assert item.start + item.num_tokens <= start or start + length <= item.start, "rows are not there"
-        return [
-            Part(
-                item.seq, item.start, item.start + item.num_tokens, item.samples, list(item.seq.block_table),
-                list(item.seq.token_ids), list(item.drafts),
-            )
-            for item in batch.items
-        ]  # fmt: skip
-
-    def slot(self, part: Part, position: int) -> int:
-        return part.block_table[position // self.block_size] * self.block_size + position % self.block_size
-
-    def run(self, parts: list[Part]) -> list[int]:
-        written: set[int] = set()
-        contents = []
-        for part in parts:
-            tokens = [*part.known, *part.drafts]
-            if not part.drafts and part.end == len(part.known) + 1:
-                tokens.append(self.newest[part.seq])
-            assert part.end <= len(tokens), "a step runs a token that nobody has chosen"
-            contents.append(records(tokens, part.seq.images)[: part.end])
-            for position in range(part.start, part.end):
-                slot = self.slot(part, position)
-                assert slot not in written, "two sequences write one slot"
-                written.add(slot)
-                self.slots[slot] = contents[-1][position]
-        sampled = []
-        for part, own in zip(parts, contents, strict=True):
-            context = [self.slots[self.slot(part, position)] for position in range(part.end)]
-            assert context == own, f"{part.seq} reads what is not its own"
-            if part.samples:
-                first = part.end - len(part.drafts)
-                chosen = [self.choose(context[:end]) for end in range(first, part.end + 1)]
-                good = next((n for n, draft in enumerate(part.drafts) if chosen[n] != draft), len(part.drafts))
-                self.newest[part.seq] = chosen[good]
-                sampled += chosen
-        return sampled
-
-    def fail(self, parts: list[Part]) -> None:
-        """Spoil what a step would have written, as a step that raised may have done."""
-        for part in parts:
-            for position in range(part.start, part.end):
-                self.slots[self.slot(part, position)] = (-1, -1, -1, -1)
-
 
 Fault = Literal["launch", "end"]
 
@@ -189,11 +46,31 @@ class Engine:
         self.model = FakeModel(self.block_size, choose)
         self.late = late
         self.open: deque[tuple[ScheduledBatch, list[Part], Callable[[], list[int]]]] = deque()
-        self.ran: set[Sequence] = set()
+        self.answering: set[Sequence] = set()
         self.added: list[Sequence] = []
         self.admitted: list[Sequence] = []
         self.sent: dict[Sequence, list[int]] = {}
         self.ended: dict[Sequence, str] = {}
+
+    @staticmethod
+    def draw(random: Random, **chosen: Any) -> Engine:
+        """Make an engine with settings of all kinds."""
+        block_size = random.choice([1, 2, 4])
+        drawn = {
+            "num_blocks": random.randint(MAX_SEQ_LEN, 2 * MAX_SEQ_LEN) // block_size,
+            "block_size": block_size,
+            "max_batch_size": random.randint(1, 5),
+            "max_num_tokens": random.choice([5, 6, 7, 11, 24]),
+            "max_mixed_tokens": random.choice([None, 1, 6, 9]),
+            "scheduler_policy": random.choice(["guaranteed_no_evict", "max_utilization"]),
+            "enable_prefix_caching": random.random() < 0.7,
+            "depth": random.randint(0, 1),
+            "late": random.random() < 0.5,
+            "speculation": random.choice(["none", "prompt_lookup"]),
+            "speculative_tokens": random.choice([1, 2, 5, 7]),
+            "choose": random.choice([next_token, repeating_token]),
+        }
+        return Engine(**drawn | chosen)
 
     def add(self, *seqs: Sequence) -> None:
         self.scheduler.add(*seqs)
@@ -203,11 +80,12 @@ class Engine:
     def step(self, *, fault: Fault | None = None) -> ScheduledBatch | None:
         """Launch a step and end the oldest if enough are open, as the engine's core does; return what was launched."""
         had_work = self.scheduler.has_work
+        before = {seq: seq.num_preemptions for seq in self.scheduler.running}
         batch = self.scheduler.schedule()
         assert (batch is not None or bool(self.open)) == had_work, "there is work, so there is a step"
-        ran, self.ran = self.ran, {item.seq for item in batch.items if item.samples} if batch else set()
+        self.answering -= {seq for seq, number in before.items() if seq.num_preemptions != number}
         if batch is not None:
-            self._watch(batch, ran)
+            self._watch(batch, set(before))
             self.scheduler.check()
             self.open.append((batch, self.model.parts(batch), self.model.launch(batch)))
             if fault == "launch":
@@ -256,6 +134,12 @@ class Engine:
             self.abort(seq.request_id)
         self.scheduler.check()
 
+    def supply_all(self, name: str, number: int, digest: bytes | None = None) -> None:
+        """Bring them for all sequences of a request."""
+        for seq in self.scheduler.find(name):
+            if seq not in self.ended and number in seq.missing:
+                self.supply(seq, number, digest)
+
     def finish(self) -> None:
         """Run until idle, in a bounded number of steps; everybody was served and nothing is left.
 
@@ -284,14 +168,15 @@ class Engine:
         assert stats.prompt_tokens == sum(seq.num_prompt_tokens for seq in self.admitted)
         assert stats.cached_tokens == sum(seq.num_cached_tokens for seq in self.admitted)
         assert stats.generated_tokens == sum(len(tokens) for tokens in self.sent.values())
+        if self.settings.scheduler_policy == "guaranteed_no_evict":
+            # Only those that waited for their pictures gave up their blocks.
+            assert stats.preemptions == sum(seq.num_preemptions for seq in self.added if seq.came_early)
 
-    def _watch(self, batch: ScheduledBatch, ran: set[Sequence]) -> None:
+    def _watch(self, batch: ScheduledBatch, before: set[Sequence]) -> None:
         assert 0 < batch.num_tokens <= self.settings.max_num_tokens
         assert len(batch.items) <= self.settings.max_batch_size
-        most = self.settings.max_mixed_tokens
-        if most and any(item.seq in ran for item in batch.items):
-            of_prompts = sum(item.num_tokens for item in batch.items if item.num_tokens > 1 and not item.drafts)
-            assert of_prompts <= max(1, most - self.settings.max_batch_size)
+        self._watch_budget(batch, before)
+        self.answering.update(item.seq for item in batch.items if item.samples)
         seqs = [item.seq for item in batch.items]
         assert seqs == [seq for seq in self.scheduler.running if seq in seqs]
         for seq in self.scheduler.running:
@@ -312,6 +197,25 @@ class Engine:
         admitted = [seq for seq in self.admitted if not seq.came_early]
         order = [seq for seq in self.added if not seq.came_early and (seq in admitted or seq not in self.ended)]
         assert order[: len(admitted)] == admitted
+
+    def _watch_budget(self, batch: ScheduledBatch, before: set[Sequence]) -> None:
+        """Answers go on by a token and guesses; prompts share what is left, of which those that run have one each."""
+        most = self.settings.max_num_tokens
+        prompts = [item for item in batch.items if item.seq not in self.answering]
+        of_prompts = sum(item.num_tokens for item in prompts)
+        assert not (prompts and batch.has_drafts)
+        if len(prompts) < len(batch.items):
+            assert batch.num_tokens == of_prompts + sum(
+                1 + len(item.drafts) for item in batch.items if item.seq in self.answering
+            )
+            if self.settings.max_mixed_tokens:
+                mixed = max(1, self.settings.max_mixed_tokens - self.settings.max_batch_size)
+                most = min(most, batch.num_tokens - of_prompts + mixed)
+        if batch.num_tokens > most:
+            assert all(item.num_tokens == 1 and item.seq in before for item in prompts)
+            assert batch.num_tokens <= self.settings.max_num_tokens
+        cut = [item for item in prompts if not item.samples and not item.seq.stalled]
+        assert not cut or batch.num_tokens >= most, "a prompt is cut although there is room"
 
     def _collect(self, results: list[SampledToken]) -> None:
         for result in results:

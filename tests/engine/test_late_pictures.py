@@ -6,7 +6,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from fake_engine import MAX_SEQ_LEN, UNK, Engine, sequence
+from fake_engine import Engine
+from fake_model import MAX_SEQ_LEN, UNK, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,26 +59,14 @@ def bring_one(engine: Engine, random: Random) -> None:
         return
     name, number = random.choice(missing)
     digest = b"cow" if random.random() < 0.1 else None
-    for seq in engine.scheduler.find(name):
-        if seq not in engine.ended and number in seq.missing:
-            engine.supply(seq, number, digest)
+    engine.supply_all(name, number, digest)
 
 
 @given(st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=600)
 def test_everybody_is_answered_as_if_the_pictures_had_been_there(seed: int) -> None:
     random = Random(seed)
-    block_size = random.choice([1, 2, 4])
-    engine = Engine(
-        num_blocks=random.randint(MAX_SEQ_LEN, 2 * MAX_SEQ_LEN) // block_size,
-        block_size=block_size,
-        max_batch_size=random.randint(1, 5),
-        max_num_tokens=random.choice([5, 6, 7, 11, 24]),
-        scheduler_policy=random.choice(POLICIES),
-        enable_prefix_caching=random.random() < 0.7,
-        depth=random.randint(0, 1),
-        late=random.random() < 0.5,
-    )
+    engine = Engine.draw(random)
     for number in range(random.randint(20, 60)):
         match random.randrange(10):
             case 0 | 1:

@@ -4,7 +4,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from fake_engine import MAX_SEQ_LEN, UNK, Engine, Fault, answer_alone, next_token, repeating_token, sequence
+from fake_engine import Engine, Fault
+from fake_model import MAX_SEQ_LEN, UNK, answer_alone, next_token, repeating_token, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -81,10 +82,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.engine = Engine(num_blocks=num_blocks, **configuration)
         self.number = 0
 
-    @rule(prompt=prompts(), sampling=samplings, n=st.sampled_from([1, 1, 1, 2]))
-    def add(self, prompt: tuple[list[int], list[ImageSpan]], sampling: dict[str, Any], n: int) -> None:
+    @rule(prompt=prompts(), late=st.data(), sampling=samplings, n=st.sampled_from([1, 1, 1, 2]))
+    def add(
+        self, prompt: tuple[list[int], list[ImageSpan]], late: st.DataObject, sampling: dict[str, Any], n: int
+    ) -> None:
         self.number += 1
-        seqs = [sequence(f"r{self.number}", *prompt, index=index, **sampling) for index in range(n)]
+        tokens, images = prompt
+        missing = late.draw(st.sets(st.sampled_from(range(len(images))))) if images else set()
+        images = [
+            ImageSpan(image.ranges, b"" if number in missing and late.draw(st.booleans()) else image.digest)
+            for number, image in enumerate(images)
+        ]
+        seqs = [sequence(f"r{self.number}", tokens, images, index, missing, **sampling) for index in range(n)]
         scheduler, capacity = self.engine.scheduler, self.engine.scheduler.allocator.num_blocks
         waiting = list(scheduler.waiting)
         fits = -(-(seqs[0].max_len - 1) // self.engine.block_size) <= capacity
@@ -106,6 +115,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject, index: int | None) -> None:
         self.engine.abort(f"r{data.draw(st.integers(1, self.number))}", index)
 
+    @precondition(lambda self: self.unfinished())
+    @rule(data=st.data(), digest=st.sampled_from([None, None, None, b"cow"]))
+    def supply(self, data: st.DataObject, digest: bytes | None) -> None:
+        name, number = data.draw(st.sampled_from(self.unfinished()))
+        self.engine.supply_all(name, number, digest)
+
+    def unfinished(self) -> list[tuple[str, int]]:
+        """The pictures that somebody waits for: a request's name and a number."""
+        found = {(seq.request_id, number) for seq in self.engine.added for number in seq.missing}
+        return sorted(pair for pair in found if self.engine.scheduler.find(pair[0]))
+
     @rule(fault=st.sampled_from(["launch", "end"]))
     def failing_step(self, fault: Fault) -> None:
         self.engine.step(fault=fault)
@@ -118,7 +138,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             self.engine.finish()
-            assert not (self.engine.scheduler.guaranteed and self.engine.scheduler.stats().preemptions)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
@@ -129,18 +148,7 @@ TestSchedulerMachine.settings = settings(deadline=None, max_examples=150, statef
 @settings(deadline=None, max_examples=500)
 def test_crowded_engines_answer_everybody_as_if_alone(seed: int) -> None:
     random = Random(seed)  # Much cheaper than to draw everything: more workloads in the same time.
-    block_size = random.choice([1, 2, 4])
-    engine = Engine(
-        num_blocks=random.randint(MAX_SEQ_LEN, 2 * MAX_SEQ_LEN) // block_size,
-        block_size=block_size,
-        max_batch_size=random.randint(1, 5),
-        max_num_tokens=random.choice([5, 6, 7, 11, 24]),
-        max_mixed_tokens=random.choice([None, 1, 6, 9]),
-        scheduler_policy=random.choice(POLICIES),
-        enable_prefix_caching=random.random() < 0.7,
-        depth=random.randint(0, 1),
-        late=random.random() < 0.5,
-    )
+    engine = Engine.draw(random)
     for number in range(random.randint(3, 9)):
         tokens = random.choice(PREFIXES) + random.choices([1, UNK], k=random.randint(0, 8))
         start = random.randrange(len(tokens))
@@ -150,7 +158,6 @@ def test_crowded_engines_answer_everybody_as_if_alone(seed: int) -> None:
         engine.add(sequence(f"r{number}", tokens, images, max_tokens=random.randint(1, 24), **ends))
     engine.finish()
     assert engine.admitted == engine.added
-    assert not (engine.scheduler.guaranteed and engine.scheduler.stats().preemptions)
 
 
 # One behaviour at a time.
