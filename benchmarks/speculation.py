@@ -117,6 +117,7 @@ def run(model: Qwen2, texts: list[Text], settings: EngineSettings) -> tuple[floa
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
         max_seq_len=runner.max_seq_len,
+        mixed_tokens=settings.mixed_tokens(on_gpu=runner.device.type == "cuda"),
         depth=runner.depth,
     )
     sources = Sources(runner.device, LocalArena("benchmark"))

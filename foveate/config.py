@@ -18,6 +18,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+MOST_VERIFIED_ROWS = 64
+"""Of a step with guesses, newest tokens included: a step with more costs clearly more than one with a few."""
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
@@ -91,9 +93,10 @@ class EngineSettings(Section):
     """Tokens in one step: longer prompts are prefilled in chunks."""
     max_mixed_tokens: PositiveInt | None = None
     """Tokens in a step where answers go on beside prompts, a full batch's included: fewer keep the answers' pace, more
-    begin new ones sooner. Without one, 256 on a GPU and max_num_tokens on a CPU."""
+    begin new ones sooner. Without one, on a GPU 256 or twice the batch if that is more, on a CPU max_num_tokens."""
     kv_cache_free_mem_fraction: Fraction = 0.9
-    """Share of the memory that is free after loading the model for keys and values (on a CPU: at most 4 GiB)."""
+    """Share of what is free once weights, activations, CUDA graphs and the encoder have theirs, for keys and values; at
+    most what 16 full batches need (on a CPU: 4, and 4 GiB)."""
     num_kv_blocks: PositiveInt | None = None
     """Exact number of KV blocks instead of a share of the memory."""
     kv_cache_dtype: CacheDType = "auto"
@@ -118,6 +121,19 @@ class EngineSettings(Section):
     def tokens_per_block(self, *, on_gpu: bool) -> int:
         """Return ``block_size``, or the best one for the device: attention on a GPU reads whole blocks at once."""
         return self.block_size or (64 if on_gpu else 16)
+
+    def mixed_tokens(self, *, on_gpu: bool) -> int | None:
+        """Return ``max_mixed_tokens``, or the best number for the device; None: as many as in any step.
+
+        Reading a model's weights takes a GPU as long as computing with about so many tokens.
+        """
+        return self.max_mixed_tokens or (max(256, 2 * self.max_batch_size) if on_gpu else None)
+
+    def verified_rows(self) -> int:
+        """Return the most tokens of a step with guesses, newest ones included; 0 without speculation."""
+        if self.speculation == "none":
+            return 0
+        return min(MOST_VERIFIED_ROWS, self.max_num_tokens, self.max_batch_size * (1 + self.speculative_tokens))
 
     @model_validator(mode="after")
     def _possible(self) -> EngineSettings:

@@ -17,14 +17,15 @@ import torch
 import zmq
 
 from foveate.chat.assets import ModelFacts
+from foveate.checkpoint.activations import ROW_BYTES
+from foveate.checkpoint.memory import MemoryPlan, check, describe
 from foveate.checkpoint.place import load, pick_device, pick_dtype
+from foveate.checkpoint.plan import first_look, longest_sequence, machine_of, plan_service
 from foveate.config import EngineSettings, Settings
 from foveate.engine.core import EngineCore
-from foveate.engine.graphs import graphs_bytes
 from foveate.engine.runner import ModelRunner
 from foveate.engine.sampling import SamplingInputs, SamplingState, Variant, choose
 from foveate.engine.scheduler import Scheduler
-from foveate.engine.speculation import most_rows
 from foveate.errors import CheckpointError, ConfigError
 from foveate.kernels import ops
 from foveate.models.qwen2 import Qwen2
@@ -35,20 +36,21 @@ from foveate.vision.process import make_server
 
 logger = logging.getLogger("foveate.worker")
 
-_LONGEST = 32768
-# Reading the weights takes as long as computing with about so many tokens.
-_GPU_MIXED_TOKENS = 256
 _SMALL_BYTES = 64 * 2**20
 _ENCODER_SECONDS = 300.0
 
 
-def build(settings: Settings, local: LocalArena | None, instance: Path) -> EngineCore:
+def build(
+    settings: Settings, plan: MemoryPlan, local: LocalArena | None, instance: Path, encoder_bytes: int = 0
+) -> EngineCore:
     """Load the language model and put the engine around it.
 
     Args:
         settings: the whole service's.
+        plan: of the memory.
         local: where an encoder in this process leaves its rows, if there is one.
         instance: the folder where an encoder of its own process says that it has its memory.
+        encoder_bytes: what an encoder in this process needs of the device beside its weights.
 
     Raises:
         ConfigError: a setting is impossible on this machine.
@@ -57,25 +59,26 @@ def build(settings: Settings, local: LocalArena | None, instance: Path) -> Engin
     device = pick_device(settings.model.device)
     dtype = pick_dtype(settings.model.dtype, device)
     ops.choose(settings.model.kernels)
-    settings = _for_device(settings, device)
     facts = ModelFacts.from_folder(settings.model.model or "")
-    max_seq_len = _max_seq_len(settings, facts)
+    max_seq_len = longest_sequence(settings, facts.max_position_embeddings)
     with ops.compiler(device) as compile_ahead:
         model = load(settings.model, device, dtype, part="language").language
         if ops.has_kernels(device):
             _compile(model, settings.engine, max_seq_len, compile_ahead)
     # Not earlier: until here there is enough to do that needs little memory.
     _await_encoder(settings, instance)
-    reserved = _activation_bytes(model, settings.engine) if device.type == "cuda" else 0
+    reserved = _reserved_bytes(model, settings.engine, plan) + encoder_bytes
     runner = ModelRunner(model, settings.engine, max_seq_len, reserved_bytes=reserved)
     capture_seconds = runner.capture()
     if capture_seconds:
-        logger.info("CUDA graphs captured in %.1f s", capture_seconds)
+        free = machine_of(device).free_bytes / 2**20
+        logger.info("CUDA graphs captured in %.1f s, %.0f MiB are left free", capture_seconds, free)
     scheduler = Scheduler(
         settings.engine,
         num_blocks=runner.num_blocks,
         block_size=runner.block_size,
         max_seq_len=runner.max_seq_len,
+        mixed_tokens=settings.engine.mixed_tokens(on_gpu=device.type == "cuda"),
         depth=runner.depth,
     )
     if device.type == "cpu":
@@ -89,26 +92,10 @@ def build(settings: Settings, local: LocalArena | None, instance: Path) -> Engin
     )
 
 
-def _for_device(settings: Settings, device: torch.device) -> Settings:
-    """Fill in the engine's settings that depend on the device."""
-    if device.type == "cpu" or settings.engine.max_mixed_tokens is not None:
-        return settings
-    engine = settings.engine.model_copy(update={"max_mixed_tokens": _GPU_MIXED_TOKENS})
-    return settings.model_copy(update={"engine": engine})
-
-
 def _decode_threads(model: Qwen2) -> int:
     """Choose the decoder's threads: with weights that fit a core's cache, waking the others costs more than they do."""
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return 1 if size < _SMALL_BYTES else torch.get_num_threads()
-
-
-def _max_seq_len(settings: Settings, facts: ModelFacts) -> int:
-    trained = facts.max_position_embeddings
-    wanted = settings.engine.max_seq_len or min(trained, _LONGEST)
-    if wanted > trained:
-        raise ConfigError(f"max_seq_len: got {wanted}, and the model was trained for {trained} tokens at most")
-    return wanted
 
 
 def _compile(model: Qwen2, settings: EngineSettings, max_seq_len: int, compile_ahead: ops.CompileAhead) -> None:
@@ -125,25 +112,36 @@ def _compile(model: Qwen2, settings: EngineSettings, max_seq_len: int, compile_a
     logger.info("%d kernels compiled in %.1f s", number, time.monotonic() - started)
 
 
+def _reserved_bytes(model: Qwen2, settings: EngineSettings, plan: MemoryPlan) -> int:
+    """Return what is still to be taken of the device's free memory, by anything but keys and values.
+
+    On a GPU the encoder has its memory, and the largest step is measured. Elsewhere the plan must do: what the encoder
+    has taken so far, nobody knows.
+    """
+    if not plan.machine.is_gpu:
+        return plan.fixed_bytes - plan.weights["language"]
+    step = _activation_bytes(model, settings)
+    logger.info("the largest step takes %.1f MiB", step / 2**20)
+    if step > plan.language_step:
+        logger.warning("that is more than the %.1f MiB that were planned", plan.language_step / 2**20)
+    return step + plan.graphs + ROW_BYTES
+
+
 def _activation_bytes(model: Qwen2, settings: EngineSettings) -> int:
-    """Measure what the largest step needs beside the weights, and add what CUDA graphs take."""
+    """Measure what the largest step needs of a GPU beside the weights."""
     device = model.embed_tokens.weight.device
     run = _largest_step(model, settings)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
-    step = torch.cuda.max_memory_allocated(device) - before
-    if not settings.cuda_graphs or not ops.has_kernels(device):
-        return step
-    num_tokens = settings.max_batch_size + settings.max_num_tokens
-    return step + graphs_bytes(settings.max_batch_size, num_tokens, most_rows(settings))
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _largest_step(model: Qwen2, settings: EngineSettings) -> Callable[[], None]:
     """Return what runs a step of as many tokens as possible, and the most that sampling can have to do."""
     weight, config = model.embed_tokens.weight, model.config
-    rows = max(settings.max_batch_size, most_rows(settings))
+    rows = max(settings.max_batch_size, settings.verified_rows())
     heads, device = config.num_attention_heads, weight.device
     state = SamplingState(
         *(torch.zeros(rows, config.vocab_size, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
@@ -162,12 +160,22 @@ def _largest_step(model: Qwen2, settings: EngineSettings) -> Callable[[], None]:
     return run
 
 
-def _start_encoder(settings: Settings, instance: Path, local: LocalArena) -> None:
-    """Serve the vision encoder from a thread of this process."""
+def _plan(settings: Settings, instance: Path) -> MemoryPlan:
+    """Plan the device's memory, and end here if it cannot be enough."""
+    device = pick_device(settings.model.device)
+    plan = plan_service(settings, device, first_look(instance, device))
+    check(plan)
+    logger.info("planned memory: %s", describe(plan))
+    return plan
+
+
+def _start_encoder(settings: Settings, instance: Path, local: LocalArena) -> int:
+    """Serve the vision encoder from a thread of this process, and return the bytes that its largest step needs."""
     device = pick_device(settings.vision.vision_device or settings.model.device)
     server = make_server(settings, device, lambda: local)
     listen = f"unix:{instance}/vision.sock"
     threading.Thread(target=server.run, args=(listen,), name="vision", daemon=True).start()
+    return server.encoder.step_bytes
 
 
 def _await_encoder(settings: Settings, instance: Path) -> None:
@@ -187,10 +195,10 @@ def main() -> None:
     started = time.monotonic()
     try:
         configure_logging(settings.logs, "engine")
+        plan = _plan(settings, instance)
         local = LocalArena(f"local-{secrets.token_hex(6)}") if settings.vision.encoder == "engine" else None
-        if local is not None:
-            _start_encoder(settings, instance, local)
-        core = build(settings, local, instance)
+        encoder_bytes = _start_encoder(settings, instance, local) if local is not None else 0
+        core = build(settings, plan, local, instance, encoder_bytes)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)

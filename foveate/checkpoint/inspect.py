@@ -13,14 +13,14 @@ import msgspec
 from foveate.checkpoint.engine import Limits, Manifest, Source, is_engine, read_manifest
 from foveate.checkpoint.files import shards
 from foveate.checkpoint.hashes import Progress, check_files
-from foveate.checkpoint.memory import Demand, Machine, MemoryPlan, plan_memory
+from foveate.checkpoint.memory import LONGEST, Machine, MemoryPlan, demand_of, plan_memory
 from foveate.checkpoint.stored import StoredTensor, stored_tensors
-from foveate.config import EngineSettings, VisionSettings
+from foveate.config import EngineSettings, Settings
 from foveate.errors import CheckpointError
 from foveate.models.config import LanguageConfig, ModelConfig
+from foveate.quantization.scheme import Quantization
 
 Kind = Literal["checkpoint", "engine directory", "language part", "vision part"]
-_LONGEST = 32768  # What the engine takes if the settings leave it open and the model was trained for more.
 _VISION_PREFIXES = ("vpm.", "resampler.", "vision.")
 _DTYPES = {"BF16": "bfloat16", "F32": "float32", "F16": "float16", "F64": "float64"}
 
@@ -181,20 +181,20 @@ def _architecture(raw: Mapping[str, Any], config: ModelConfig | None) -> dict[st
 
 def _plan(config: ModelConfig, facts: Report, manifest: Manifest | None, machine: Machine) -> MemoryPlan:
     """Plan with the limits of an engine directory, or with the server's defaults."""
-    settings = EngineSettings()
-    longest = min(config.language.max_position_embeddings, _LONGEST)
-    limits = manifest.limits if manifest else None
-    demand = Demand(
-        max_batch_size=limits.max_batch_size if limits else settings.max_batch_size,
-        max_seq_len=limits.max_seq_len if limits else longest,
-        max_num_tokens=limits.max_num_tokens if limits else settings.max_num_tokens,
-        vision_batch_size=VisionSettings().vision_batch_size,
-        block_size=settings.tokens_per_block(on_gpu=machine.is_gpu),
-        memory_fraction=settings.kv_cache_free_mem_fraction,
-    )
+    packed = facts.quantization["method"] != "none"
+    if manifest:
+        limits, quantization = manifest.limits, manifest.quantization
+        longest = limits.max_seq_len
+        engine = EngineSettings(
+            max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens, max_seq_len=longest
+        )
+    else:
+        quantization = Quantization(method="int4" if packed else "none")
+        longest = min(config.language.max_position_embeddings, LONGEST)
+        engine = EngineSettings(max_seq_len=longest)
+    demand = demand_of(Settings(engine=engine), longest, quantization, is_gpu=machine.is_gpu)
     usual = "bfloat16" if machine.is_gpu else "float32"
     item_bytes = {"bfloat16": 2, "float32": 4}[manifest.dtype if manifest else usual]
-    packed = facts.quantization["method"] != "none"
     weights = {
         # A checkpoint's numbers become the device's usual type while they are loaded; packed ones stay.
         name: part.bytes if manifest or (packed and name == "language") else part.parameters * item_bytes

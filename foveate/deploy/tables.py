@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.checkpoint.inspect import Report
-from foveate.checkpoint.memory import MemoryPlan
+from foveate.checkpoint.memory import MemoryPlan, binary
 from foveate.checkpoint.stage import Stage
 
 
@@ -40,16 +40,6 @@ def show_stages(title: str, stages: Sequence[Stage]) -> None:
         bound = f"{stage.measure.replace('_', ' ')} {side} {stage.bound:g}"
         table.add_row(stage.name, shown, bound, "ok" if stage.ok else "OUTSIDE")
     console.print(table)
-
-
-def binary(count: int) -> str:
-    """Write a number of bytes for people: 4.0 GiB."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 def _plain(title: str | None = None) -> Table:
@@ -116,10 +106,7 @@ def _memory(plans: list[MemoryPlan]) -> Table:
         table.add_column(f"{plan.machine.device} ({binary(plan.machine.free_bytes)} free)", justify="right")
     rows: dict[str, list[str]] = {
         "as": [plan.dtype for plan in plans],
-        **{f"weights, {part}": [binary(plan.weights.get(part, 0)) for plan in plans] for part in plans[0].weights},
-        "largest step, vision (estimate)": [binary(plan.vision_step) for plan in plans],
-        "largest step, language (estimate)": [binary(plan.language_step) for plan in plans],
-        "the processes themselves": [binary(plan.overhead) for plan in plans],
+        **{name: [binary(dict(plan.parts())[name]) for plan in plans] for name, _ in plans[0].parts()},
         "a block of keys and values": [binary(plan.kv_block) for plan in plans],
         "blocks": [f"{plan.kv_blocks:,}" for plan in plans],
         "tokens that they hold": [f"{plan.kv_tokens:,}" for plan in plans],

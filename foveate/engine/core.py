@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import zmq
 
+from foveate.checkpoint.activations import ROW_BYTES
 from foveate.engine.messages import (
     Abort,
     AddEmbeddings,
@@ -36,6 +37,7 @@ from foveate.engine.sequence import ImageSpan, Sequence
 from foveate.engine.state import SequenceState, state_of
 from foveate.engine.step import SampledToken, ScheduledBatch
 from foveate.errors import EngineError, FoveateError, InvalidRequest
+from foveate.kernels.memory import Room, is_out_of_memory, make_room
 from foveate.transport.handle import Embeddings
 from foveate.transport.sources import Sources
 
@@ -74,6 +76,7 @@ class EngineCore:
         self.eos_token_ids = eos_token_ids
         self.max_seq_len = max_seq_len
         self._open: deque[tuple[ScheduledBatch, Launched]] = deque()
+        self._room = Room(runner.device, ROW_BYTES)
 
     def ready(self) -> Ready:
         """Describe the engine to its clients."""
@@ -113,12 +116,8 @@ class EngineCore:
         """Take in one message; return what there is to say at once."""
         match request:
             case Generate() | AddEmbeddings():
-                try:
-                    if isinstance(request, Generate):
-                        self._add(request)
-                    else:
-                        self._supply(request)
-                except FoveateError as error:
+                error = self._try_to_take(request)
+                if error is not None:
                     self.scheduler.abort(request.request_id)
                     return [Step(failures=[_failure(request.request_id, error)])]
             case Abort():
@@ -139,6 +138,7 @@ class EngineCore:
     def step(self) -> Step:
         """Launch a step, and end the oldest one if enough are open; a step that fails ends its own requests only."""
         batch = self.scheduler.schedule()
+        error: FoveateError = EngineError("the engine failed while it worked on this request; see its log")
         try:
             if batch is not None:
                 self._open.append((batch, self._launch(batch)))
@@ -148,16 +148,20 @@ class EngineCore:
                 return Step()
             batch, launched = self._open[0]
             sampled = self.runner.collect(launched)
-        except torch.AcceleratorError:
-            # The device's context is lost: only a new process helps, and the parent starts one.
-            logger.exception("the device failed")
-            raise
-        except Exception:
+        except Exception as caught:
+            too_much = is_out_of_memory(caught)
+            if isinstance(caught, torch.AcceleratorError) and not too_much:
+                # The device's context is lost: only a new process helps, and the parent starts one.
+                logger.exception("the device failed")
+                raise
             logger.exception("a step failed")
-            assert batch is not None
-            return Step(failures=self._give_up(batch))
-        self._open.popleft()
-        return Step(chunks=self._chunks(batch, sampled))
+        else:
+            self._open.popleft()
+            return Step(chunks=self._chunks(batch, sampled))
+        assert batch is not None
+        if too_much:
+            error = make_room(self.runner.device)
+        return Step(failures=self._give_up(batch, error))
 
     def _launch(self, batch: ScheduledBatch) -> Launched:
         now = time.monotonic()
@@ -179,14 +183,30 @@ class EngineCore:
             for seq, tokens in groupby(results, lambda result: result.seq)
         ]
 
-    def _give_up(self, batch: ScheduledBatch) -> list[Failure]:
+    def _give_up(self, batch: ScheduledBatch, error: FoveateError) -> list[Failure]:
         """End the requests of a step that failed, and of those behind it: they were to read what it writes."""
         ended = {seq.request_id for seq in self.scheduler.rollback(batch)}
         self._open = deque(pair for pair in self._open if self.scheduler.is_open(pair[0]))
         for request_id in ended:
             self.scheduler.abort(request_id)
-        error = EngineError("the engine failed while it worked on this request; see its log")
         return [_failure(request_id, error) for request_id in ended]
+
+    def _try_to_take(self, request: Generate | AddEmbeddings) -> FoveateError | None:
+        """Take in a request or a picture that it waits for, or return why that is not possible."""
+        try:
+            if isinstance(request, Generate):
+                self._add(request)
+            else:
+                self._supply(request)
+        except FoveateError as error:
+            return error
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.exception("a request's pictures could not be read")
+        else:
+            return None
+        return make_room(self.runner.device)
 
     def _add(self, request: Generate) -> None:
         """Queue a request's sequences, all or none, and release its handles either way."""
@@ -226,12 +246,13 @@ class EngineCore:
         self.scheduler.add(*seqs)
 
     def _together(self, rows: list[torch.Tensor | None], sizes: list[int]) -> torch.Tensor:
-        """Put the rows of all pictures behind each other, with room for those that are missing."""
-        there = [one for one in rows if one is not None]
-        if len(there) == len(rows):
-            return torch.cat(there)
-        shape = sum(sizes), self.runner.model.config.hidden_size
-        together = torch.empty(shape, dtype=self.runner.dtype, device=self.runner.device)
+        """Put the rows of a request's pictures behind each other, with room for those that are missing.
+
+        That is on the device, or on the host where too many wait there already.
+        """
+        shape, dtype = (sum(sizes), self.runner.model.config.hidden_size), self.runner.dtype
+        device = self._room.device_for(torch.Size(shape).numel() * dtype.itemsize)
+        together = self._room.count(torch.empty(shape, dtype=dtype, device=device))
         for room, one in zip(together.split(sizes), rows, strict=True):
             if one is not None:
                 room.copy_(one)

@@ -27,9 +27,6 @@ _ROW_BYTES, _TOKEN_BYTES, _BYTES = 256, 16, 4096
 MOST_TOKENS = 1024
 """Of a step with chunks that is a graph, decodes included."""
 
-_GRAPH_BYTES = 8 * 2**20
-"""More than a graph of a large model takes of the device, beside the memory that all of them share."""
-
 
 class Recorder(Protocol):
     """Makes something that runs again what has run once."""
@@ -239,12 +236,6 @@ class StepGraphs:
         [tensors] = upload(idle, device=self._rows.device, into=self._inputs)
         inputs = ForwardInputs(**tensors)
         return lambda: self._steps.forward(self._x[:size], inputs, size - self._most)
-
-
-def graphs_bytes(most: int, num_tokens: int, most_rows: int = 0) -> int:
-    """Return about what the graphs take of the device's memory, beside what their steps need."""
-    sizes = decode_sizes(most) + verify_sizes(most_rows)
-    return (2 * len(sizes) + len(forward_sizes(most, num_tokens))) * _GRAPH_BYTES
 
 
 def decode_sizes(most: int) -> list[int]:

@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
+from foveate.checkpoint.memory import affordable_blocks
+from foveate.checkpoint.plan import machine_of
 from foveate.config import EngineSettings
 from foveate.engine.batch import Batch, build
 from foveate.engine.graphs import MOST_TOKENS, CudaRecorder, Recorder, StepGraphs
@@ -27,7 +28,7 @@ from foveate.engine.sampling import (
     to_host,
 )
 from foveate.engine.sequence import Sequence
-from foveate.engine.speculation import most_drafts, most_rows
+from foveate.engine.speculation import most_drafts
 from foveate.engine.state import SequenceState, state_of
 from foveate.engine.step import ScheduledBatch
 from foveate.engine.upload import upload
@@ -37,10 +38,6 @@ from foveate.kernels import ops
 from foveate.kernels.kv_cache import FP8, KeyOffset
 from foveate.models.qwen2 import Qwen2
 
-_CPU_CACHE_BYTES = 4 * 2**30
-# Keys and values of this many full batches are plenty. On a CPU more would only displace other programs' memory; on a
-# GPU a small model would get millions of blocks, and keeping account of them takes time.
-_CPU_CACHE_BATCHES, _GPU_CACHE_BATCHES = 4, 16
 _VARIANTS = (GREEDY, Variant(adjusts=True, draws=True, width=min(WIDTHS)))
 """The usual ways of sampling: greedy, and with what a published checkpoint recommends."""
 
@@ -69,7 +66,7 @@ class ModelRunner:
         model: on its device.
         settings: limits.
         max_seq_len: most tokens of a sequence.
-        reserved_bytes: free memory to leave alone, for activations.
+        reserved_bytes: free memory that belongs to something else: activations, CUDA graphs, the encoder.
 
     Attributes:
         block_size: tokens of a block of the cache.
@@ -89,7 +86,7 @@ class ModelRunner:
             _store_by_columns(model)
         self.block_size = settings.tokens_per_block(on_gpu=model.embed_tokens.weight.is_cuda)
         self._max_num_tokens = settings.max_num_tokens
-        self._most_drafts, self._most_rows = most_drafts(settings), most_rows(settings)
+        self._most_drafts, self._most_rows = most_drafts(settings), settings.verified_rows()
         weight = model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self._rows = Rows(
@@ -133,16 +130,14 @@ class ModelRunner:
         return [KeyOffset(self.model.key_bias(layer), angles) for layer in layers]
 
     def _affordable(self, settings: EngineSettings, max_seq_len: int, block_bytes: int, reserved: int) -> int:
-        share = settings.kv_cache_free_mem_fraction
         full_batch = settings.max_batch_size * -(-max_seq_len // self.block_size)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            free = int((torch.cuda.mem_get_info(self.device)[0] - reserved) * share)
-            plenty = _GPU_CACHE_BATCHES * full_batch
-        else:
-            free = min(int(psutil.virtual_memory().available * share), _CPU_CACHE_BYTES)
-            plenty = _CPU_CACHE_BATCHES * full_batch
-        return min(max(free, 0) // block_bytes, plenty)
+        machine = machine_of(self.device)
+        return affordable_blocks(
+            machine.free_bytes - reserved, block_bytes, full_batch, settings.kv_cache_free_mem_fraction,
+            is_gpu=machine.is_gpu,
+        )  # fmt: skip
 
     def use_graphs(self, recorder: Recorder) -> None:
         """From now on, replay steps; ``recorder`` makes what is replayed."""
@@ -163,6 +158,8 @@ class ModelRunner:
         if self._graphs is None:
             return 0.0
         self._graphs.capture(_VARIANTS)
+        # What the last one took outside of its graph, on a stream that nobody else uses.
+        torch.cuda.empty_cache()
         return time.monotonic() - started
 
     def admit(self, seq: Sequence, state: SequenceState) -> None:

@@ -61,6 +61,7 @@ class Scheduler:
         num_blocks: KV blocks of the cache.
         block_size: tokens of a block.
         max_seq_len: most tokens of a prompt and its answer together.
+        mixed_tokens: tokens of a step where answers go on, a full batch's included; None: as many as in any step.
         depth: steps that may be open when another one is scheduled: 0 or 1.
 
     Attributes:
@@ -70,14 +71,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, settings: EngineSettings, *, num_blocks: int, block_size: int, max_seq_len: int, depth: int = 0
-    ) -> None:
+        self, settings: EngineSettings, *, num_blocks: int, block_size: int, max_seq_len: int,
+        mixed_tokens: int | None = None, depth: int = 0,
+    ) -> None:  # fmt: skip
         caching = settings.enable_prefix_caching
         self.allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching=caching)
         self.max_batch_size = settings.max_batch_size
         self.max_num_tokens = settings.max_num_tokens
-        mixed = settings.max_mixed_tokens
-        self.max_mixed_chunk = max(mixed - settings.max_batch_size, 1) if mixed else settings.max_num_tokens
+        self._most_mixed = max(mixed_tokens - settings.max_batch_size, 1) if mixed_tokens else settings.max_num_tokens
         self.max_input_len = min(settings.max_input_len or max_seq_len, max_seq_len - 1)
         self.max_image_tokens = min(settings.max_image_tokens or self.max_input_len, self.max_input_len)
         self._kv = KVManager(self.allocator, guaranteed=settings.scheduler_policy == "guaranteed_no_evict")
@@ -241,10 +242,7 @@ class Scheduler:
                 position -= self._preempt_one() < position
 
     def _preempt_one(self) -> int:
-        """Take the blocks of the youngest that is stalled, or else of the youngest, and return its place.
-
-        It has no part in this step yet, and may be the one that lacks a block.
-        """
+        """Take the blocks of the youngest that is stalled, or else of the youngest, and return its place."""
         places = range(len(self.running))
         place = next((place for place in reversed(places) if self.running[place].stalled), places[-1])
         self._preempt(self.running.pop(place))
@@ -285,7 +283,7 @@ class Scheduler:
         prompts = sum(not seq.is_decoding for seq in going)
         if prompts == len(going):
             return left
-        return min(left, max(self.max_mixed_chunk - prompts, 0))
+        return min(left, max(self._most_mixed - prompts, 0))
 
     def _going(self) -> list[Sequence]:
         """Return those who run and need another step that can be run now."""

@@ -16,13 +16,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from foveate.config import EngineSettings
+from foveate.config import MOST_VERIFIED_ROWS, EngineSettings
 from foveate.engine.blocks import BlockAllocator
 from foveate.engine.sequence import Sequence
 from foveate.engine.step import ScheduledBatch, ScheduledSeq
 
-MOST_ROWS = 64
-"""Of a step with drafts, newest tokens included: a step with more costs clearly more than one with a few."""
 SHORTEST_MATCH, LONGEST_MATCH = 2, 8
 """Tokens at the end that must have stood somewhere before, and how many are compared to find the best place."""
 
@@ -110,7 +108,7 @@ class Speculation:
     def __init__(self, settings: EngineSettings, allocator: BlockAllocator) -> None:
         self.num_drafts = self.num_accepted = 0
         self._allocator = allocator
-        self._most, self._most_rows = most_drafts(settings), most_rows(settings)
+        self._most, self._most_rows = most_drafts(settings), settings.verified_rows()
         self._lookups: dict[Sequence, PromptLookup] = {}
 
     def awaits(self, batches: Iterable[ScheduledBatch], running: Listing[Sequence]) -> bool:
@@ -177,11 +175,4 @@ def can_draft(running: Iterable[Sequence]) -> bool:
 
 def most_drafts(settings: EngineSettings) -> int:
     """Return how many guesses a sequence can have in a step."""
-    return min(settings.speculative_tokens, MOST_ROWS - 1)
-
-
-def most_rows(settings: EngineSettings) -> int:
-    """Return how many tokens a step with drafts can have, newest ones included; 0 without speculation."""
-    if settings.speculation == "none":
-        return 0
-    return min(MOST_ROWS, settings.max_num_tokens, settings.max_batch_size * (1 + settings.speculative_tokens))
+    return min(settings.speculative_tokens, MOST_VERIFIED_ROWS - 1)

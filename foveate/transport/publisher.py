@@ -48,6 +48,7 @@ class SharedPublisher:
         name: names this run of the encoder; no other run may have it.
         address: path of the unix socket where memory is handed out.
         device: the encoder's.
+        shares_gpu: whether an engine on the same device will come, and plans with the memory that is left then.
         clock: seconds, monotonic.
 
     Raises:
@@ -61,6 +62,7 @@ class SharedPublisher:
         address: str,
         device: torch.device,
         *,
+        shares_gpu: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -77,6 +79,12 @@ class SharedPublisher:
         self._offer = Offer(arena=name, address=os.path.abspath(address), host=host_id(), device=device_id(device))
         arena = self._arena(name, self._layout)
         self._stores["arena"] = _Store(name, arena, HostWriter(arena.data, device))
+        if shares_gpu and device.type == "cuda" and settings.transport in ("auto", "cuda-ipc"):
+            # The address is there for engines when all memory is.
+            try:
+                self._cuda_store()
+            except Unavailable as error:
+                logger.warning("the GPU's memory cannot be shared: %s", error.message)
         try:
             self._lender = Lender(address, self)
         except BaseException:

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.checkpoint.activations import ENCODED_BYTES
 from foveate.kernels import vision_ops
+from foveate.kernels.memory import Room
 from foveate.models.minicpmv import VisionTower
 from foveate.models.packing import Packing
 from foveate.vision.preprocess import Patches, Pixels
@@ -62,6 +64,8 @@ class VisionEncoder:
         """Patches of a step that takes :data:`STEP_SECONDS`, once that was measured."""
         self.resizer: DeviceResizer | None = None
         """What resizes pictures on the device, once the memory was measured."""
+        self.step_bytes = 0
+        """What :meth:`measure` has measured."""
         weight = tower.encoder.patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.query_num, self.hidden_size = tower.resampler.query.shape
@@ -73,6 +77,7 @@ class VisionEncoder:
         self._stream = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._packings: OrderedDict[Sizes, Packing] = OrderedDict()
+        self._rows = Room(self.device, ENCODED_BYTES)
 
     @property
     def slice_bytes(self) -> int:
@@ -99,9 +104,14 @@ class VisionEncoder:
         return vision_ops.normalize_pixels(patches, self._values) if patches.is_cuda else self._normalized(patches)
 
     def empty(self, num_slices: int) -> Tensor:
-        """Make room for the embeddings of a picture: [num_slices, query_num, hidden_size] on the device."""
+        """Make room for the embeddings of a picture: [num_slices, query_num, hidden_size].
+
+        It is on the device, or on the host while too many wait on the device to be handed over.
+        """
+        device = self._rows.device_for(num_slices * self.slice_bytes)
         with self._own_stream():
-            return torch.empty(num_slices, self.query_num, self.hidden_size, dtype=self.dtype, device=self.device)
+            rows = torch.empty(num_slices, self.query_num, self.hidden_size, dtype=self.dtype, device=device)
+        return self._rows.count(rows)
 
     @torch.inference_mode()
     def encode_slices(self, slices: Sequence[Slice], into: Sequence[Tensor]) -> None:
@@ -138,8 +148,8 @@ class VisionEncoder:
     def measure(self, num_slices: int, tgt_size: tuple[int, int]) -> int:
         """Run a step of slices of one size and return its peak of memory on the device, in bytes; 0 on a CPU.
 
-        The memory stays with this process, so a step that is not larger finds it again. How long it takes says how
-        much the steps to come should do.
+        What resizes pictures and what waits to be handed over is a part of it. The memory stays with this process, so
+        a step that is not larger finds it again. How long it takes says how much the steps to come should do.
 
         Raises:
             torch.OutOfMemoryError: there is not enough.
@@ -149,6 +159,8 @@ class VisionEncoder:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         self.resizer = self.resizer or DeviceResizer.make(self.device)
+        with self._own_stream():
+            waiting = torch.empty(ENCODED_BYTES, dtype=torch.uint8, device=self.device)
         patches = np.zeros((tgt_size[0] * tgt_size[1], self._columns), dtype=np.uint8)
         slices, into = [Slice(patches, tgt_size)] * num_slices, list(self.empty(num_slices))
         # The first time also compiles kernels.
@@ -156,10 +168,12 @@ class VisionEncoder:
         began = time.monotonic()
         self.encode_slices(slices, into)
         seconds = time.monotonic() - began
+        del waiting
         fit = max(1, min(num_slices, int(num_slices * STEP_SECONDS / seconds)))
         self.step_patches = fit * len(patches)
         logger.info("a slice takes %.2f ms; steps of up to %d slices", 1000 * seconds / num_slices, fit)
-        return torch.cuda.max_memory_allocated(self.device) - before
+        self.step_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        return self.step_bytes
 
     def _normalized(self, patches: Tensor) -> Tensor:
         channels = patches.float().unflatten(1, (3, -1))

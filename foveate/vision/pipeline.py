@@ -25,6 +25,7 @@ from torch import Tensor
 from foveate.chat.pieces import PictureSettings
 from foveate.config import Settings
 from foveate.errors import EngineError, FoveateError, InvalidRequest, PictureError, Unavailable
+from foveate.kernels.memory import is_out_of_memory, make_room
 from foveate.media.image import decode, probe
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.vision.batcher import Batcher
@@ -242,15 +243,18 @@ class Pipeline:
         while step := self._steps.get():
             began = time.monotonic()
             error: FoveateError | None = None
+            too_much = False
             try:
                 self._encode(step)
-            except torch.AcceleratorError as broken:
-                # The device answers every further call of this process with the same error.
-                logger.exception("the device failed")
-                self.failure = error = Unavailable(f"the vision encoder's device failed: {broken}", retry_after=2)
-            except Exception:
+            except Exception as caught:
                 logger.exception("encoding failed")
+                too_much = is_out_of_memory(caught)
                 error = EngineError("the picture could not be encoded; see the encoder's log")
+                if isinstance(caught, torch.AcceleratorError) and not too_much:
+                    # The device answers every further call of this process with the same error.
+                    self.failure = error = Unavailable(f"the vision encoder's device failed: {caught}", retry_after=2)
+            if too_much:
+                error = make_room(self._encoder.device)
             self._post(self._step_done, step, began, error)
 
     def _encode(self, step: Step) -> None:

@@ -20,11 +20,13 @@ import torch
 from foveate.chat.assets import ModelFacts
 from foveate.checkpoint.identity import identity
 from foveate.checkpoint.place import load, pick_device, pick_dtype
+from foveate.checkpoint.plan import check_encoder, first_look
 from foveate.config import Settings
 from foveate.errors import ConfigError, FoveateError
 from foveate.kernels import ops
 from foveate.telemetry import configure_logging
 from foveate.transport.handle import Publisher
+from foveate.transport.identity import device_id
 from foveate.transport.publisher import SharedPublisher
 from foveate.vision.encoder import VisionEncoder
 from foveate.vision.guard import check_listen
@@ -36,7 +38,9 @@ NICENESS = 10
 """On a CPU: the kernel lets the engine go first, since somebody reads its tokens as they come."""
 
 
-def serve(settings: Settings, *, listen: str, arena_address: str, ready: Ready | None = None) -> None:
+def serve(
+    settings: Settings, *, listen: str, arena_address: str, ready: Ready | None = None, instance: Path | None = None
+) -> None:
     """Load the encoder and serve it until SIGTERM or SIGINT. For the main thread.
 
     Args:
@@ -44,6 +48,7 @@ def serve(settings: Settings, *, listen: str, arena_address: str, ready: Ready |
         listen: ``unix:PATH`` or ``HOST:PORT``.
         arena_address: path of the unix socket where memory is handed out to engines of this machine.
         ready: called when clients can connect, with the address that was listened on.
+        instance: the folder of the service that this is a part of, with an engine of its own; None without one.
 
     Raises:
         ConfigError: a setting is impossible here, such as an address that is open to strangers.
@@ -55,10 +60,16 @@ def serve(settings: Settings, *, listen: str, arena_address: str, ready: Ready |
     if device.type == "cpu":
         os.nice(NICENESS)
     publisher: SharedPublisher | None = None
+    beside_engine = False
+    if instance is not None:
+        first_look(instance, device)
+        beside_engine = device_id(device) == device_id(pick_device(settings.model.device))
 
     def make_publisher() -> SharedPublisher:
         nonlocal publisher
-        publisher = SharedPublisher(settings.transport, f"vision-{secrets.token_hex(6)}", arena_address, device)
+        publisher = SharedPublisher(
+            settings.transport, f"vision-{secrets.token_hex(6)}", arena_address, device, shares_gpu=beside_engine
+        )
         return publisher
 
     server = make_server(settings, device, make_publisher)
@@ -90,13 +101,14 @@ def make_server(settings: Settings, device: torch.device, make_publisher: Callab
     dtype = pick_dtype(settings.vision.vision_dtype or settings.model.dtype, device)
     name = identity(folder, dummy=settings.model.load_format == "dummy")
     pictures = ModelFacts.from_folder(folder).pictures
+    planned = check_encoder(settings)
     encoder = VisionEncoder(
         load(settings.model, device, dtype, "vision").vision,
         mean=pictures.norm_mean,
         std=pictures.norm_std,
         batch_size=settings.vision.vision_batch_size,
     )
-    measure(encoder, pictures, settings.vision.vision_batch_size)
+    measure(encoder, pictures, settings.vision.vision_batch_size, planned)
     logger.info(
         "vision encoder loaded in %.1f s on %s as %s, attention: %s",
         time.monotonic() - started, device, dtype, ops.implementations(device)["varlen_attention"],
@@ -111,7 +123,8 @@ def main() -> None:
     code = 0
     try:
         configure_logging(settings.logs, "vision")
-        serve(settings, listen=f"unix:{instance}/vision.sock", arena_address=f"{instance}/arena.sock")
+        listen, arena_address = f"unix:{instance}/vision.sock", f"{instance}/arena.sock"
+        serve(settings, listen=listen, arena_address=arena_address, instance=instance)
     except FoveateError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_status

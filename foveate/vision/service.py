@@ -66,7 +66,7 @@ class VisionServer:
         settings: Settings,
         identity: str,
     ) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self._publisher = publisher
         self._pictures = pictures
         self._settings = settings
@@ -97,11 +97,11 @@ class VisionServer:
     async def _serve(self, address: Address, ready: Ready | None) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         max_patches = self._settings.vision.vision_batch_size * math.prod(_usual_slice(self._pictures))
-        dtype = str(self._encoder.dtype).removeprefix("torch.")
+        dtype = str(self.encoder.dtype).removeprefix("torch.")
         pipeline = Pipeline(
-            self._encoder, self._pictures, self._settings, encoder_name(self._identity, dtype), max_patches
+            self.encoder, self._pictures, self._settings, encoder_name(self._identity, dtype), max_patches
         )
-        about = About(self._identity, str(self._encoder.device), dtype, self._encoder.hidden_size)
+        about = About(self._identity, str(self.encoder.device), dtype, self.encoder.hidden_size)
         servicer = VisionServicer(pipeline, self._publisher, self._settings, about)
         healths = health.aio.HealthServicer()
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors(address, self._settings.vision))
@@ -157,10 +157,16 @@ def _usual_slice(pictures: PictureSettings) -> tuple[int, int]:
     return side + 1, side + 2
 
 
-def measure(encoder: VisionEncoder, pictures: PictureSettings, batch_size: int) -> int:
+def measure(encoder: VisionEncoder, pictures: PictureSettings, batch_size: int, planned: int | None = None) -> int:
     """Run the largest step there can be, so that its memory is this process's own, and return its bytes.
 
     Nothing larger is ever run. On a CPU it is not measured: 0.
+
+    Args:
+        encoder: the model.
+        pictures: how the checkpoint cuts pictures.
+        batch_size: slices of a step.
+        planned: bytes that it was expected to take.
 
     Raises:
         ConfigError: it does not fit.
@@ -175,4 +181,6 @@ def measure(encoder: VisionEncoder, pictures: PictureSettings, batch_size: int) 
         ) from error
     if needed:
         logger.info("the largest step, of %d slices, takes %.1f MiB", batch_size, needed / 2**20)
+    if planned is not None and needed > planned:
+        logger.warning("that is more than the %.1f MiB that were planned", planned / 2**20)
     return needed

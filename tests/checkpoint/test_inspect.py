@@ -19,13 +19,12 @@ from foveate.checkpoint.build import Recipe, build
 from foveate.checkpoint.engine import Limits
 from foveate.checkpoint.hashes import check_files
 from foveate.checkpoint.inspect import inspect
-from foveate.checkpoint.load import dummy_model, load_model
-from foveate.checkpoint.memory import CPU_CACHE_BATCHES, CPU_CACHE_BYTES, GPU_CACHE_BATCHES, Machine, gpu_of
+from foveate.checkpoint.load import load_model
+from foveate.checkpoint.memory import CPU_CACHE_BATCHES, GPU_CACHE_BATCHES, Machine, gpu_of
 from foveate.checkpoint.split import split
 from foveate.config import EngineSettings
 from foveate.engine import runner
 from foveate.errors import CheckpointError
-from foveate.models.config import ModelConfig
 from foveate.quantization.scheme import Quantization
 
 CPU = torch.device("cpu")
@@ -193,8 +192,6 @@ def test_torch_is_not_needed(engine: Path) -> None:
 
 
 def test_the_plan_is_the_engine_s(engine: Path) -> None:
-    bounds = (runner._CPU_CACHE_BYTES, runner._CPU_CACHE_BATCHES, runner._GPU_CACHE_BATCHES)
-    assert bounds == (CPU_CACHE_BYTES, CPU_CACHE_BATCHES, GPU_CACHE_BATCHES)
     [plan] = inspect(engine, [on_cpu(8 * GIB)]).memory
     settings = EngineSettings(max_batch_size=2, max_num_tokens=256)
     made = runner.ModelRunner(load_model(engine, CPU, torch.float32).language, settings, 1024)
@@ -205,31 +202,7 @@ def test_the_plan_is_the_engine_s(engine: Path) -> None:
 
 
 def test_what_does_not_fit() -> None:
-    little, more, enough = inspect(TINY, [gpu_of(GIB), gpu_of(3 * GIB // 2), gpu_of(80 * GIB)]).memory
+    little, more, enough = inspect(TINY, [gpu_of(GIB), gpu_of(4 * GIB), gpu_of(80 * GIB)]).memory
     assert (little.kv_blocks, little.fits) == (0, False)
     assert 0 < more.kv_blocks < enough.kv_blocks
     assert enough.kv_blocks == GPU_CACHE_BATCHES * 8 * 512
-
-
-@pytest.mark.gpu
-def test_the_largest_steps_are_about_what_is_measured() -> None:
-    from foveate.chat.assets import ModelFacts
-    from foveate.checkpoint.memory import Demand, language_step_bytes, vision_step_bytes
-    from foveate.vision.encoder import VisionEncoder
-    from foveate.vision.service import measure
-    from foveate.worker import _activation_bytes
-
-    config = ModelConfig.from_folder(PRESET)
-    device = torch.device("cuda")
-    model = dummy_model(config, device, torch.bfloat16)
-    encoder = VisionEncoder(model.vision, mean=[0.5] * 3, std=[0.5] * 3, batch_size=16)
-    vision = measure(encoder, ModelFacts.from_folder(PRESET).pictures, 16)
-    language = _activation_bytes(model.language, EngineSettings())
-    demand = Demand(
-        max_batch_size=8, max_seq_len=32768, max_num_tokens=2048, vision_batch_size=16, block_size=16,
-        memory_fraction=0.9,
-    )  # fmt: skip
-    found = (vision_step_bytes(config, 16, 2), language_step_bytes(config.language, demand, 2))
-    print(f"measured {vision / 2**20:.0f} and {language / 2**20:.0f} MiB, estimated {[f / 2**20 for f in found]}")
-    assert 0.7 < found[0] / vision < 1.5
-    assert 0.7 < found[1] / language < 1.5

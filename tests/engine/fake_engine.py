@@ -41,7 +41,12 @@ class Engine:
         self.settings = EngineSettings.model_validate({"block_size": 4, **engine_settings})
         self.block_size = self.settings.tokens_per_block(on_gpu=False)
         self.scheduler = Scheduler(
-            self.settings, num_blocks=num_blocks, block_size=self.block_size, max_seq_len=MAX_SEQ_LEN, depth=depth
+            self.settings,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_seq_len=MAX_SEQ_LEN,
+            mixed_tokens=self.settings.max_mixed_tokens,
+            depth=depth,
         )
         self.model = FakeModel(self.block_size, choose)
         self.late = late

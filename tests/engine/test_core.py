@@ -200,6 +200,45 @@ def test_a_failing_step_ends_its_requests_and_no_others(core: EngineCore, monkey
     assert sum(len(chunk.token_ids) for chunk in chunks) == 4
 
 
+@pytest.mark.parametrize("place", ["_run", "collect"])
+def test_a_step_without_enough_memory_ends_its_requests_only(
+    core: EngineCore, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    core.handle(generate("large"))
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner, place, run_out)
+        chunks, failures = finish(core)
+    assert not chunks
+    assert [(failure.request_id, failure.code, failure.status) for failure in failures] == [
+        ("large", "overloaded", 503)
+    ]
+    assert failures[0].retry_after
+    core.handle(generate("after"))
+    chunks, failures = finish(core)
+    assert not failures
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 4
+
+
+def test_pictures_without_enough_memory_end_their_request_only(
+    core: EngineCore, arena: LocalArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    request = msgspec.structs.replace(
+        generate(), images=[ImageSlot(ranges=[(0, 2)], embeddings=arena.publish(torch.zeros(2, 256), b"d"))]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(core.sources, "read", run_out)
+        failure = refusal(core, request)
+    assert (failure.code, failure.status) == ("overloaded", 503)
+    assert arena.num_leases == 0
+
+
 def test_results_that_cannot_be_read_end_the_steps_behind_them(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

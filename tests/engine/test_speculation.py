@@ -13,10 +13,10 @@ from fake_model import UNK, repeating_token, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.config import EngineSettings
+from foveate.config import MOST_VERIFIED_ROWS, EngineSettings
 from foveate.engine.sampling import SamplingInputs, SamplingState, Variant, choose
 from foveate.engine.sequence import ImageSpan, Sequence
-from foveate.engine.speculation import MOST_ROWS, PromptLookup, most_rows
+from foveate.engine.speculation import PromptLookup
 from foveate.engine.step import ScheduledBatch
 from foveate.engine.verification import DraftInputs, choose_behind, is_good, keep_newest
 
@@ -106,10 +106,10 @@ def test_guesses_in_vain_become_rare_and_good_ones_frequent_again() -> None:
 
 
 def test_rows_of_a_step() -> None:
-    assert most_rows(EngineSettings()) == 0
-    assert most_rows(EngineSettings(speculation="prompt_lookup", max_batch_size=1, speculative_tokens=7)) == 8
-    assert most_rows(EngineSettings(speculation="prompt_lookup", max_batch_size=100)) == MOST_ROWS
-    assert most_rows(EngineSettings(speculation="prompt_lookup", max_num_tokens=9)) == 9
+    assert EngineSettings().verified_rows() == 0
+    assert EngineSettings(speculation="prompt_lookup", max_batch_size=1, speculative_tokens=7).verified_rows() == 8
+    assert EngineSettings(speculation="prompt_lookup", max_batch_size=100).verified_rows() == MOST_VERIFIED_ROWS
+    assert EngineSettings(speculation="prompt_lookup", max_num_tokens=9).verified_rows() == 9
 
 
 # What the scheduler makes of them.

@@ -129,10 +129,13 @@ async def test_a_failed_step_is_its_pictures_error_only(service: Service) -> Non
     service.encoder.failure = RuntimeError("no such luck")
     [failed] = await service.encode(page(1))
     assert error_of(failed).code == "engine_error"
+    service.encoder.failure = torch.OutOfMemoryError("CUDA out of memory")
+    [refused] = await service.encode(page(2))
+    assert (error_of(refused).code, error_of(refused).retry_after) == ("overloaded", 1)
     service.encoder.failure = None
     [again] = await service.encode(page(1))
     assert (again.WhichOneof("result"), again.cached) == ("handle", False)
-    assert (await service.stats())["failed_batches_total"] == 1
+    assert (await service.stats())["failed_batches_total"] == 2
     assert (await service.stub.Health(pb.HealthRequest())).ready
 
 
