@@ -27,7 +27,7 @@ from foveate.checkpoint.memory import (
     demand_of,
     plan_memory,
 )
-from foveate.checkpoint.plan import check_encoder, first_look, plan_service, weight_bytes
+from foveate.checkpoint.plan import check_encoder, first_look, machine_of, plan_service, weight_bytes
 from foveate.config import Settings
 from foveate.engine import graphs
 from foveate.errors import ConfigError
@@ -244,3 +244,17 @@ def test_a_gpu_s_largest_encoder_step_is_planned(slices: int) -> None:
     planned = check_encoder(settings)
     print(f"{slices} slices: measured {measured / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")
     assert measured <= planned <= 1.25 * measured
+
+
+@pytest.mark.gpu
+def test_keys_and_values_of_a_gpu_get_their_share() -> None:
+    from foveate.engine.runner import ModelRunner
+
+    device = torch.device("cuda")
+    model = dummy_model(REAL, device, torch.bfloat16, part="language", quantization=Quantization(method="int8"))
+    settings = settings_of(PRESET, engine={"kv_cache_free_mem_fraction": 0.25, "cuda_graphs": False}).engine
+    torch.cuda.empty_cache()
+    before, reserved = machine_of(device).free_bytes, 4 * GIB
+    runner = ModelRunner(model.language, settings, 4096, reserved_bytes=reserved)
+    assert runner.kv_cache.nbytes == pytest.approx((before - reserved) * 0.25, rel=0.02)
+    assert before - machine_of(device).free_bytes == pytest.approx(runner.kv_cache.nbytes, rel=0.02)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+
+import psutil
 import pytest
 import torch
 
 from foveate.errors import Overloaded
-from foveate.kernels.memory import Room, is_out_of_memory, make_room
+from foveate.kernels.memory import Room, is_out_of_memory, make_room, trim_heap
 
 CPU = torch.device("cpu")
 
@@ -37,10 +40,25 @@ def test_what_goes_beyond_the_bound_lives_on_the_host() -> None:
     assert room.device_for(601).type == "cpu"
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what was freed")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    pieces = [bytes([1]) * 100_000 for _ in range(3000)]
+    # What comes last keeps the heap from shrinking from its end.
+    last = pieces[-1]
+    del pieces
+    kept = process.memory_info().rss
+    trim_heap()
+    assert kept - before > 250 * 2**20
+    assert process.memory_info().rss - before < 50 * 2**20
+    assert last[0] == 1
+
+
 def test_what_is_a_lack_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     graph = torch.AcceleratorError("CUDA error: out of memory")
-    graph.error_code = 2
+    vars(graph)["error_code"] = 2
     assert is_out_of_memory(graph)
     assert not is_out_of_memory(torch.AcceleratorError("an illegal memory access was encountered"))
     assert not is_out_of_memory(RuntimeError("no such luck"))

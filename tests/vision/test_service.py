@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import grpc.aio
@@ -16,6 +17,7 @@ from foveate.chat.assets import ModelAssets
 from foveate.config import Settings, VisionSettings
 from foveate.errors import PictureError, Unavailable
 from foveate.transport.local import LocalArena
+from foveate.vision import pipeline
 from foveate.vision import vision_pb2 as pb
 from foveate.vision.rpc import Stub
 from foveate.vision.service import VisionServer
@@ -137,6 +139,17 @@ async def test_a_failed_step_is_its_pictures_error_only(service: Service) -> Non
     assert (again.WhichOneof("result"), again.cached) == ("handle", False)
     assert (await service.stats())["failed_batches_total"] == 2
     assert (await service.stub.Health(pb.HealthRequest())).ready
+
+
+async def test_an_idle_service_gives_free_memory_back(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr(pipeline, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(pipeline, "trim_heap", trimmed.set)
+    [reply] = await service.encode(thumbnail(1))
+    assert reply.WhichOneof("result") == "handle"
+    assert await asyncio.to_thread(trimmed.wait, 60)
+    [reply] = await service.encode(thumbnail(2))
+    assert reply.WhichOneof("result") == "handle"
 
 
 async def test_a_broken_device_ends_the_service(
