@@ -41,7 +41,7 @@ SETTLE_SECONDS = 4.0
 IDLE_SECONDS = 90.0
 PATIENCE_SECONDS = 600.0
 SMALL = {"--embedding-cache-bytes": 16 * MIB}
-SMALL_ON_CPU = {"--num-kv-blocks": 1024, "--arena-bytes": 16 * MIB}
+SMALL_ON_CPU = {"--embedding-cache-bytes": 2 * MIB, "--num-kv-blocks": 512, "--arena-bytes": 4 * MIB}
 
 
 class Soak:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import queue
 import weakref
 from collections import deque
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,11 @@ from foveate.errors import Overloaded
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _RETRY_SECONDS = 1.0
+_IDLE_SECONDS = 2.0
 
 
 class Room:
@@ -63,6 +68,18 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def wait_idly(items: queue.SimpleQueue[T]) -> T:
+    """Return the next item of a queue; if none comes for a while, give free memory back and go on waiting.
+
+    Not earlier: the next step would want the memory again.
+    """
+    try:
+        return items.get(timeout=_IDLE_SECONDS)
+    except queue.Empty:
+        trim_heap()
+        return items.get()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

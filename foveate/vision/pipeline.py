@@ -25,7 +25,7 @@ from torch import Tensor
 from foveate.chat.pieces import PictureSettings
 from foveate.config import Settings
 from foveate.errors import EngineError, FoveateError, InvalidRequest, PictureError, Unavailable
-from foveate.kernels.memory import is_out_of_memory, make_room, trim_heap
+from foveate.kernels.memory import is_out_of_memory, make_room, wait_idly
 from foveate.media.image import decode, probe
 from foveate.media.slicing import SlicePlan, plan_slices
 from foveate.vision.batcher import Batcher
@@ -38,9 +38,6 @@ from foveate.vision.sharing import Share, Shares, Timings, Waiter
 logger = logging.getLogger(__name__)
 
 Step = list[tuple[Share, int]]
-
-_IDLE_SECONDS = 2.0
-"""After so long without a step the process gives its free memory back: not between two steps, which would want it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +240,7 @@ class Pipeline:
     def _encode_steps(self) -> None:
         # PyTorch counts threads for each thread that calls it.
         torch.set_num_threads(self._settings.model.threads or self._cores)
-        while step := self._wait_for_step():
+        while step := wait_idly(self._steps):
             began = time.monotonic()
             error: FoveateError | None = None
             too_much = False
@@ -259,13 +256,6 @@ class Pipeline:
             if too_much:
                 error = make_room(self._encoder.device)
             self._post(self._step_done, step, began, error)
-
-    def _wait_for_step(self) -> Step | None:
-        try:
-            return self._steps.get(timeout=_IDLE_SECONDS)
-        except queue.Empty:
-            trim_heap()
-            return self._steps.get()
 
     def _encode(self, step: Step) -> None:
         slices, into = [], []

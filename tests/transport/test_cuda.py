@@ -17,6 +17,7 @@ from foveate.config import TransportSettings
 from foveate.errors import Unavailable
 from foveate.transport.handle import Offer
 from foveate.transport.identity import device_id
+from foveate.transport.publisher import SharedPublisher
 from foveate.transport.reader import attach
 from foveate.transport.sources import Sources
 
@@ -192,3 +193,15 @@ def test_detaching_ends_leases_and_unmaps(
         eventually(lambda: one.stats()["cuda_ipc_readers"] == 0)
     stats = one.stats()
     assert (stats["cuda_ipc_leases"], stats["cuda_ipc_leases_died_total"]) == (0, 5)
+
+
+def test_memory_for_an_engine_beside_is_taken_at_once(tmp_path: Path) -> None:
+    publishers = [
+        SharedPublisher(SETTINGS, name, str(tmp_path / name), torch.device(CUDA), shares_gpu=shares)
+        for name, shares in (("late", False), ("early", True))
+    ]
+    late, early = (publisher.stats() for publisher in publishers)
+    for publisher in publishers:
+        publisher.close()
+    assert "cuda_ipc_blocks" not in late
+    assert early["cuda_ipc_blocks"] == early["cuda_ipc_blocks_free"] > 0

@@ -16,8 +16,8 @@ from watched import READER, Service, WatchedEncoder, error_of, file, page, png, 
 from foveate.chat.assets import ModelAssets
 from foveate.config import Settings, VisionSettings
 from foveate.errors import PictureError, Unavailable
+from foveate.kernels import memory
 from foveate.transport.local import LocalArena
-from foveate.vision import pipeline
 from foveate.vision import vision_pb2 as pb
 from foveate.vision.rpc import Stub
 from foveate.vision.service import VisionServer
@@ -143,8 +143,8 @@ async def test_a_failed_step_is_its_pictures_error_only(service: Service) -> Non
 
 async def test_an_idle_service_gives_free_memory_back(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed = threading.Event()
-    monkeypatch.setattr(pipeline, "_IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(pipeline, "trim_heap", trimmed.set)
+    monkeypatch.setattr(memory, "_IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(memory, "trim_heap", trimmed.set)
     [reply] = await service.encode(thumbnail(1))
     assert reply.WhichOneof("result") == "handle"
     assert await asyncio.to_thread(trimmed.wait, 60)
