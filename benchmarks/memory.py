@@ -37,7 +37,7 @@ STAGES = (0.1, 0.5, 1.0)
 """Shares of the requests after which everybody waits until the server is idle, and it is looked at."""
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 4.0
-"""Connections that were closed are noticed, and an idle encoder gives free memory back."""
+"""How long a look at the idle server waits: connections that were closed are noticed, and an idle encoder gives free memory back."""
 IDLE_SECONDS = 90.0
 PATIENCE_SECONDS = 600.0
 SMALL = {"--embedding-cache-bytes": 16 * MIB}
@@ -69,7 +69,7 @@ class Soak:
         self._processes = processes
         self._started = time.monotonic()
 
-    async def run(self, requests: int, clients: int, seconds: float) -> list[Sample]:
+    async def run(self, requests: int, clients: int, seconds: float, settle: float) -> list[Sample]:
         """Send all requests, or as many as there is time for; return a look at the idle server after each stage."""
         deadline = self._started + seconds
         idle = []
@@ -78,7 +78,7 @@ class Soak:
             for share in STAGES:
                 until = self._started + share * seconds
                 await self._send(round(share * requests), clients, min(until, deadline))
-                idle.append(await self._settle(watcher))
+                idle.append(await self._settle(watcher, settle))
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
         return idle
@@ -121,12 +121,12 @@ class Soak:
         self.samples.append(Sample(time.monotonic() - self._started, self.ended, values))
         return self.samples[-1]
 
-    async def _settle(self, client: httpx.AsyncClient) -> Sample:
+    async def _settle(self, client: httpx.AsyncClient, seconds: float) -> Sample:
         """Wait until the server is idle, and look at it."""
         deadline = time.monotonic() + IDLE_SECONDS
         while time.monotonic() < deadline and not is_idle(await fetch_metrics(client)):  # noqa: ASYNC110
             await asyncio.sleep(SAMPLE_SECONDS)
-        await asyncio.sleep(SETTLE_SECONDS)
+        await asyncio.sleep(seconds)
         return await self._look(client)
 
 
@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after about so long")
+    parser.add_argument("--settle", type=float, default=SETTLE_SECONDS, help="seconds before each look when idle")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     options, flags = parser.parse_known_args()
@@ -201,7 +202,7 @@ def main() -> int:
     with launched(flags) as (url, _):
         model = httpx.get(f"{url}/v1/models").raise_for_status().json()["data"][0]["id"]
         soak = Soak(url, model, processes_of(os.getpid()), options.seed)
-        idle = asyncio.run(soak.run(options.requests, options.clients, options.seconds))
+        idle = asyncio.run(soak.run(options.requests, options.clients, options.seconds, options.settle))
     verdicts = judge(idle)
     show(soak, verdicts, idle)
     if soak.ended < options.requests:

@@ -52,7 +52,18 @@ def test_nothing_may_stay_in_use(samples: ModuleType) -> None:
 
 def test_a_short_run(tmp_path: Path) -> None:
     output = tmp_path / "memory.json"
-    command = [sys.executable, str(FOLDER / "memory.py"), "--requests", "16", "--clients", "4", "--json", str(output)]
+    command = [
+        sys.executable,
+        str(FOLDER / "memory.py"),
+        "--requests",
+        "16",
+        "--clients",
+        "4",
+        "--settle",
+        "0",
+        "--json",
+        str(output),
+    ]
     flags = ["--model", str(TINY_MODEL), "--device", "cpu", "--num-kv-blocks", "512", "--max-batch-size", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": "", "TMPDIR": "/tmp"}
     result = subprocess.run([*command, *flags], env=environment, check=False, capture_output=True, text=True)
