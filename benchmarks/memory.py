@@ -37,7 +37,7 @@ STAGES = (0.1, 0.5, 1.0)
 """Shares of the requests after which everybody waits until the server is idle, and it is looked at."""
 SAMPLE_SECONDS = 1.0
 SETTLE_SECONDS = 4.0
-"""How long a look at the idle server waits: connections that were closed are noticed, and an idle encoder gives free memory back."""
+"""How long a look at the idle server waits: until closed connections are noticed, and free memory is given back."""
 IDLE_SECONDS = 90.0
 PATIENCE_SECONDS = 600.0
 SMALL = {"--embedding-cache-bytes": 16 * MIB}
