@@ -52,25 +52,15 @@ def test_nothing_may_stay_in_use(samples: ModuleType) -> None:
 
 def test_a_short_run(tmp_path: Path) -> None:
     output = tmp_path / "memory.json"
-    command = [
-        sys.executable,
-        str(FOLDER / "memory.py"),
-        "--requests",
-        "16",
-        "--clients",
-        "4",
-        "--settle",
-        "0",
-        "--json",
-        str(output),
-    ]
+    command = [sys.executable, str(FOLDER / "memory.py"), "--json", str(output)]
+    command += ["--requests", "24", "--clients", "4", "--settle", "0"]
     flags = ["--model", str(TINY_MODEL), "--device", "cpu", "--num-kv-blocks", "512", "--max-batch-size", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": "", "TMPDIR": "/tmp"}
     result = subprocess.run([*command, *flags], env=environment, check=False, capture_output=True, text=True)
     found = json.loads(output.read_text())
     # Of so few requests none is a warm-up: the memory may still grow.
     assert result.returncode == (0 if found["ok"] else 1), result.stderr
-    assert found["requests"] == sum(found["ends"].values()) == 16
+    assert found["requests"] == sum(found["ends"].values()) == 24
     assert found["wrong"] == {}
     assert "200" in found["ends"]
     assert set(found["ends"]) <= {"200", "400", "503", "given up"}
@@ -78,4 +68,3 @@ def test_a_short_run(tmp_path: Path) -> None:
     assert {f"{name}: resident" for name in ("API", "engine", "vision")} <= set(verdicts)
     for name in ("KV blocks in use", "arena blocks in use"):
         assert verdicts[name]["ok"]
-        assert max(sample["values"][name] for sample in found["samples"]) > 0
