@@ -18,7 +18,8 @@ from foveate.transport.handle import EmbeddingHandle, Publisher
 from foveate.transport.inline import to_inline
 from foveate.vision import vision_pb2 as pb
 from foveate.vision.limits import Window
-from foveate.vision.pipeline import Embedded, Pipeline
+from foveate.vision.pipeline import Pipeline
+from foveate.vision.sharing import Embedded
 
 logger = logging.getLogger(__name__)
 

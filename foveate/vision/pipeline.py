@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -33,28 +33,11 @@ from foveate.vision.cache import EmbeddingCache
 from foveate.vision.digest import digest
 from foveate.vision.encoder import VisionEncoder, slices_of
 from foveate.vision.prepare import cut
-from foveate.vision.sharing import Share, Shares, Timings, Waiter
+from foveate.vision.sharing import Embedded, Share, Shares, Timings, Waiter
 
 logger = logging.getLogger(__name__)
 
 Step = list[tuple[Share, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """A picture's embeddings.
-
-    Attributes:
-        rows: [num_tokens, hidden_size] on the encoder's device or the host; not to be written to.
-        digest: what was encoded.
-        cached: they were there already.
-        timings: what the picture spent its time on so far.
-    """
-
-    rows: Tensor
-    digest: bytes
-    cached: bool
-    timings: Timings
 
 
 class Pipeline:

@@ -53,6 +53,23 @@ class Waiter:
     arrived: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A picture's embeddings.
+
+    Attributes:
+        rows: [num_tokens, hidden_size] on the encoder's device or the host; not to be written to.
+        digest: what was encoded.
+        cached: they were there already.
+        timings: what the picture spent its time on so far.
+    """
+
+    rows: Tensor
+    digest: bytes
+    cached: bool
+    timings: Timings
+
+
 class Share(Job):
     """A picture that is being worked on.
 
