@@ -80,7 +80,7 @@ def test_the_cache(tiny: Qwen2) -> None:
 
 
 def test_eight_bits_take_a_part_of_the_memory(tiny: Qwen2, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.engine.runner._CPU_CACHE_BYTES", 2**22)
+    monkeypatch.setattr("foveate.checkpoint.memory.CPU_CACHE_BYTES", 2**22)
     if tiny.embed_tokens.weight.is_cuda:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**22, 2**40))
     own, eight = (runner_of(tiny, kv_cache_dtype=kind, num_kv_blocks=None)[0] for kind in ("auto", "fp8"))

@@ -220,7 +220,7 @@ async def test_a_signal_ends_it_in_the_middle_of_work(running: Running, number: 
         running.process.send_signal(number)
         assert await asyncio.to_thread(running.wait) == 0, running.log
         call.cancel()
-    assert sorted(path.name for path in running.folder.iterdir()) == ["log", "settings.json"]
+    assert sorted(path.name for path in running.folder.iterdir()) == ["log", "memory-cpu.json", "settings.json"]
 
 
 def copy_of(folder: Path, **config: object) -> Path:
