@@ -239,6 +239,22 @@ def test_pictures_without_enough_memory_end_their_request_only(
     assert arena.num_leases == 0
 
 
+def test_a_picture_that_follows_without_enough_memory_ends_its_request_only(
+    core: EngineCore, arena: LocalArena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    early(core, arena)
+    with monkeypatch.context() as patch:
+        patch.setattr(core.sources, "read", run_out)
+        [reply] = core.handle(AddEmbeddings("r", 1, arena.publish(torch.ones(2, 256), b"e")))
+    assert isinstance(reply, Step)
+    assert [(failure.request_id, failure.code) for failure in reply.failures] == [("r", "overloaded")]
+    assert arena.num_leases == 0
+    assert core.scheduler.stats().free_blocks == core.runner.num_blocks
+
+
 def test_results_that_cannot_be_read_end_the_steps_behind_them(
     core: EngineCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
