@@ -1,7 +1,7 @@
 """Where a sequence's state lies on the device while it has a part in steps: one row of a few tensors.
 
-A sequence gets a row with its first step and keeps it as long as it is part of every step; whoever is not part of a
-step any more has lost it. Steps run in order, so the next one to have a row may write to it at once.
+A sequence gets a row with its first step and keeps it as long as it is part of every step and keeps its blocks; whoever
+is not part of a step any more has lost it. Steps run in order, so the next one to have a row may write to it at once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Row:
     Attributes:
         index: which one.
         needs: see :func:`foveate.engine.sampling.needs`.
+        num_preemptions: of the sequence when it got the row.
         has_token: whether the newest token of its sequence is on the device.
         has_table: whether the sequence's block table is.
         masks_ends: whether its bias keeps it from ending.
@@ -33,6 +34,7 @@ class Row:
 
     index: int
     needs: Variant
+    num_preemptions: int
     has_token: bool = False
     has_table: bool = False
     masks_ends: bool = False
@@ -84,8 +86,10 @@ class Rows:
     def assign(self, items: Listing[ScheduledSeq]) -> list[Row]:
         """Give every sequence of a step its row, and return them in the same order."""
         seqs = {item.seq for item in items}
-        for seq in [seq for seq in self._rows if seq not in seqs]:
-            self._free.append(self._rows.pop(seq).index)
+        # Whoever was preempted can be back in the very next step, and has nothing of what the row stands for.
+        for seq, row in list(self._rows.items()):
+            if seq not in seqs or row.num_preemptions != seq.num_preemptions:
+                self._free.append(self._rows.pop(seq).index)
         return [self._rows.get(item.seq) or self._join(item.seq) for item in items]
 
     def variant(self, rows: Listing[Row]) -> Variant:
@@ -106,7 +110,7 @@ class Rows:
 
     def _join(self, seq: Sequence) -> Row:
         params = seq.sampling
-        row = Row(self._free.pop(), needs(params, has_stop_ids=bool(seq.stop_ids)))
+        row = Row(self._free.pop(), needs(params, has_stop_ids=bool(seq.stop_ids)), seq.num_preemptions)
         self._rows[seq] = row
         for name, value in (
             ("seeds", state_of(seq).seed), ("top_k", min(params.top_k, self._vocab_size)),

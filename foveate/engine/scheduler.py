@@ -126,7 +126,7 @@ class Scheduler:
         for seq in going:
             items.append(self._chunk(seq, 1 + budget))
             budget -= items[-1].num_tokens - 1
-        # Whoever just lost its blocks is hardly ever admitted here: it needs what it freed, and some of that is gone.
+        # Whoever just lost its blocks is hardly ever admitted here: it needs what it freed, and some is gone.
         while budget and (admitted := self._admit_next(stalled)) is not None:
             items.append(self._chunk(admitted, budget))
             budget -= items[-1].num_tokens

@@ -168,6 +168,18 @@ def test_preemption_happens_and_changes_nothing(make: Make) -> None:
     assert engine.core.scheduler.stats().preemptions > 0
 
 
+@pytest.mark.parametrize("num_kv_blocks", [28, 29])
+def test_one_that_is_preempted_and_comes_back_at_once(num_kv_blocks: int, make: Make) -> None:
+    """Both have computed the same blocks, so the one that gives up its own finds the other's and needs fewer."""
+    engine = make(num_kv_blocks=num_kv_blocks, block_size=4, scheduler_policy="max_utilization", max_seq_len=112)
+    scheduler = engine.core.scheduler
+    [answers] = engine.answer(engine.request("bang_text", n=2))
+    expected = golden_ids("bang_text", "greedy_ids")
+    assert [[token for chunk in chunks for token in chunk.token_ids] for chunks in answers] == [expected] * 2
+    # Only with so many blocks does one of them lack one.
+    assert scheduler.stats().preemptions == (num_kv_blocks == 28)
+
+
 def test_prefix_hit_gives_the_same_answer(make: Make) -> None:
     engine = make()
     expected = golden_ids("two_images", "greedy_ids")
