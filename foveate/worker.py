@@ -105,8 +105,9 @@ def _compile(model: Qwen2, settings: EngineSettings, max_seq_len: int, compile_a
     runner = ModelRunner(model, small, max_seq_len)
 
     def run() -> None:
-        _largest_step(model, settings)()
-        runner.run_all()
+        with model.only_one_layer():
+            _largest_step(model, settings)()
+        runner.warm_up()
 
     number = compile_ahead(run)
     logger.info("%d kernels compiled in %.1f s", number, time.monotonic() - started)

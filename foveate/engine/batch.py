@@ -119,34 +119,26 @@ def fill_up(forward: Arrays, num_decodes: int, num_tokens: int, rows: Rows) -> A
 
     Args:
         forward: of a batch with chunks.
-        num_decodes: decodes that there shall be, before the chunks' tokens; as many chunks, and samples.
-        num_tokens: tokens that there shall be.
+        num_decodes: decodes that there shall be, and chunks, and samples. Those that are not there have no token.
+        num_tokens: tokens that there shall be, behind those that there are.
         rows: for a row that is nobody's.
     """
-    present = len(forward["rows"])
-    tokens = len(forward["positions"]) - present
-    shift = num_decodes - present
 
-    def spread(array: Array, filling: int) -> Array:
-        filled = np.full(num_tokens, filling, array.dtype)
-        filled[:present], filled[num_decodes : num_decodes + tokens] = array[:present], array[present:]
-        return filled
-
-    def extended(array: Array, length: int, filling: int) -> Array:
+    def extended(name: str, length: int, filling: int) -> Array:
+        array = forward[name]
         filled = np.full(length, filling, array.dtype)
         filled[: len(array)] = array
         return filled
 
-    sampled = forward["sampled"]
     return {
-        "rows": extended(forward["rows"], num_decodes, rows.padding),
-        "lengths": extended(forward["lengths"], num_decodes, 0),
-        "positions": spread(forward["positions"], 0),
-        "slots": spread(forward["slots"], -1),
-        "chunk_rows": extended(forward["chunk_rows"], num_decodes, rows.padding),
-        "query_offsets": extended(forward["query_offsets"], num_decodes + 1, tokens),
-        "key_lengths": extended(forward["key_lengths"], num_decodes, 0),
-        "sampled": extended(np.where(sampled < present, sampled, sampled + shift), num_decodes, 0),
+        "rows": extended("rows", num_decodes, rows.padding),
+        "lengths": extended("lengths", num_decodes, 0),
+        "positions": extended("positions", num_tokens, 0),
+        "slots": extended("slots", num_tokens, -1),
+        "chunk_rows": extended("chunk_rows", num_decodes, rows.padding),
+        "query_offsets": extended("query_offsets", num_decodes + 1, len(forward["positions"])),
+        "key_lengths": extended("key_lengths", num_decodes, 0),
+        "sampled": extended("sampled", num_decodes, 0),
     }
 
 
@@ -205,7 +197,7 @@ def _chunks(forward: Arrays, chunks: Pairs, first: int, block_size: int) -> Arra
         "positions": np.concatenate(positions),
         "slots": np.concatenate(slots),
         "chunk_rows": np.array([row.index for _, row in chunks], np.int64),
-        "query_offsets": np.concatenate((np.zeros(1, np.int32), ends)),
+        "query_offsets": np.concatenate((np.zeros(1, np.int32), ends)) + np.int32(first),
         "key_lengths": np.array([item.start + item.num_tokens for item in items], np.int32),
         "sampled": np.array([*range(first), *sampled], np.int64),
     }

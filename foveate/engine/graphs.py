@@ -7,6 +7,7 @@ are. So batches are filled up, to one of a few sizes, with what changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Protocol, TypeVar
 
@@ -31,8 +32,11 @@ MOST_TOKENS = 1024
 class Recorder(Protocol):
     """Makes something that runs again what has run once."""
 
-    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Return what repeats ``run``, and its result, which every repetition overwrites."""
+    def record(self, run: Callable[[], T], warm_up: Callable[[], object]) -> tuple[Callable[[], None], T]:
+        """Return what repeats ``run``, and its result, which every repetition overwrites.
+
+        Before it is recorded, ``warm_up`` has to launch every kernel that it launches.
+        """
         ...
 
 
@@ -48,13 +52,13 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    def record(self, run: Callable[[], T], warm_up: Callable[[], object]) -> tuple[Callable[[], None], T]:
         """Capture what ``run`` launches; it must neither wait for the device nor ask it for anything."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             # Once outside: kernels are compiled and libraries get their work space at their first use.
-            run()
+            warm_up()
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process (an encoder's) go on with what a capture forbids its own.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -65,6 +69,10 @@ class CudaRecorder:
 
 class Steps(Protocol):
     """What can be recorded: it reads the inputs, and writes its results, where they are every time."""
+
+    def only_one_layer(self) -> AbstractContextManager[None]:
+        """Meanwhile leave out what only launches the same kernels again."""
+        ...
 
     def decode(
         self, embedding: EmbeddingInputs, forward: ForwardInputs, sampling: SamplingInputs, variant: Variant
@@ -99,8 +107,8 @@ class StepGraphs:
     Args:
         steps: what is recorded.
         rows: of the runner.
-        x: [tokens, hidden], where the embeddings of a step with chunks go: those of the decodes, as many as there may
-            be, and then of the chunks.
+        x: [tokens, hidden], where the embeddings of a step with chunks go: those of the decodes, and then of the
+            chunks.
         recorder: makes the graphs.
         most_rows: rows of a step with drafts; 0 if there are none.
     """
@@ -119,15 +127,16 @@ class StepGraphs:
         self._forwards: dict[int, tuple[Callable[[], None], Tensor]] = {}
 
     @torch.inference_mode()
-    def run_all(self, variants: Iterable[Variant]) -> None:
-        """Run every step once, as it is, with nothing in it."""
-        for size in self._forward_sizes:
-            self._forward_step(size)()
-        for variant in variants:
-            for size in self._decode_sizes:
-                self._decode_step(size, variant)()
-            for size in self._verify_sizes:
-                self._verify_step(size, variant)()
+    def warm_up(self, variants: Iterable[Variant]) -> None:
+        """Launch all kernels of the usual steps, with nothing in them."""
+        with self._steps.only_one_layer():
+            for size in self._forward_sizes:
+                self._forward_step(size)()
+            for variant in variants:
+                for size in self._decode_sizes:
+                    self._decode_step(size, variant)()
+                for size in self._verify_sizes:
+                    self._verify_step(size, variant)()
 
     def capture(self, variants: Iterable[Variant]) -> None:
         """Capture what may be needed, the largest first: the others fit into its memory."""
@@ -181,14 +190,11 @@ class StepGraphs:
             logits, of more samples than there are, until the next step; None if there are too many tokens: nothing
             has been done then
         """
-        num_decodes = len(batch.forward["rows"])
-        end = self._most + len(x) - num_decodes
-        size = next((size for size in self._forward_sizes if size >= end), None)
+        size = next((size for size in self._forward_sizes if size >= len(x)), None)
         if size is None:
             return None
         replay, logits = self._forward_graph(size)
-        self._x[:num_decodes] = x[:num_decodes]
-        self._x[self._most : end] = x[num_decodes:]
+        self._x[: len(x)] = x
         upload(fill_up(batch.forward, self._most, size, self._rows), device=self._rows.device, into=self._inputs)
         replay()
         return logits
@@ -197,23 +203,29 @@ class StepGraphs:
     def _decode_graph(self, size: int, variant: Variant) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
         found = self._decodes.get((size, variant))
         if found is None:
-            found = self._decodes[size, variant] = self._recorder.record(self._decode_step(size, variant))
+            found = self._decodes[size, variant] = self._record(self._decode_step(size, variant))
         return found
 
     @torch.inference_mode()
     def _verify_graph(self, size: int, variant: Variant) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
         found = self._verifications.get((size, variant))
         if found is None:
-            step = self._verify_step(size, variant)
-            found = self._verifications[size, variant] = self._recorder.record(step)
+            found = self._verifications[size, variant] = self._record(self._verify_step(size, variant))
         return found
 
     @torch.inference_mode()
     def _forward_graph(self, size: int) -> tuple[Callable[[], None], Tensor]:
         found = self._forwards.get(size)
         if found is None:
-            found = self._forwards[size] = self._recorder.record(self._forward_step(size))
+            found = self._forwards[size] = self._record(self._forward_step(size))
         return found
+
+    def _record(self, step: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        def warm_up() -> None:
+            with self._steps.only_one_layer():
+                step()
+
+        return self._recorder.record(step, warm_up)
 
     def _decode_step(self, size: int, variant: Variant) -> Callable[[], tuple[Tensor, Tensor]]:
         """Return what runs a step that only decodes, with inputs that make it do nothing for now."""
@@ -235,7 +247,7 @@ class StepGraphs:
         idle = fill_up(no_chunks(), self._most, size, self._rows)
         [tensors] = upload(idle, device=self._rows.device, into=self._inputs)
         inputs = ForwardInputs(**tensors)
-        return lambda: self._steps.forward(self._x[:size], inputs, size - self._most)
+        return lambda: self._steps.forward(self._x[:size], inputs, size)
 
 
 def decode_sizes(most: int) -> list[int]:
@@ -249,8 +261,11 @@ def verify_sizes(most: int) -> list[int]:
 
 
 def forward_sizes(num_decodes: int, most: int) -> list[int]:
-    """Return the numbers of tokens of steps with chunks that are graphs, ascending, with room for a chunk's token."""
-    sizes = {*range(64, 512, 64), *range(512, MOST_TOKENS + 1, 128)}
+    """Return the numbers of tokens of steps with chunks that are graphs, ascending, with room for a chunk's token.
+
+    Products take as long for any number of rows between two multiples of 128, which is a tile's height.
+    """
+    sizes = {64, *range(128, MOST_TOKENS + 1, 128)}
     return sorted(size for size in sizes | {min(most, MOST_TOKENS)} if num_decodes < size <= most)
 
 

@@ -34,7 +34,8 @@ class ForwardInputs:
 
     Attributes:
         rows: int64 [decodes], each one's row of :class:`foveate.engine.rows.Rows`.
-        lengths: int32 [decodes], tokens of each sequence with this one; 0 for one that is not there.
+        lengths: int32 [decodes], tokens of each sequence with this one; 0 for one that is not there, whose token is
+            the next of a chunk.
         positions, slots: int64 [tokens]; see :func:`foveate.kernels.reference.rotary_write`.
         chunk_rows: int64 [chunks], each one's row.
         query_offsets, key_lengths: see :func:`foveate.kernels.reference.paged_prefill_attention`.
@@ -89,6 +90,8 @@ class PagedAttention:
         self._inputs, self._caches, self._cos_sin, self._heads = inputs, caches, cos_sin, heads
         self._longest_query, self._has_drafts = longest_query, has_drafts
         self._decode_tables, self._chunk_tables = tables
+        if self._chunk_tables is not None:
+            self._decodes = (inputs.lengths > 0)[:, None, None]
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """[tokens, heads, head_dim], in the order of the step's tokens."""
@@ -103,16 +106,16 @@ class PagedAttention:
         query = ops.rotary_write(qkv, self._cos_sin, inputs.positions, inputs.slots, keys, values, self._heads, offset)
         if self._chunk_tables is None:
             return ops.paged_decode_attention(query, keys, values, self._decode_tables, inputs.lengths, offset)
-        num_decodes = len(inputs.rows)
         assert inputs.query_offsets is not None
         assert inputs.key_lengths is not None
-        chunks = ops.paged_prefill_attention(
-            query[num_decodes:], keys, values, self._chunk_tables, inputs.query_offsets, inputs.key_lengths,
-            self._longest_query, offset,
+        attended = ops.paged_prefill_attention(
+            query, keys, values, self._chunk_tables, inputs.query_offsets, inputs.key_lengths, self._longest_query,
+            offset,
         )  # fmt: skip
-        if num_decodes == 0:
-            return chunks
-        decodes = ops.paged_decode_attention(
-            query[:num_decodes], keys, values, self._decode_tables, inputs.lengths, offset
-        )
-        return torch.cat((decodes, chunks))
+        if len(inputs.rows):
+            first = attended[: len(inputs.rows)]
+            decodes = ops.paged_decode_attention(
+                query[: len(first)], keys, values, self._decode_tables, inputs.lengths, offset
+            )
+            torch.where(self._decodes, decodes, first, out=first)
+        return attended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,10 +148,14 @@ class ModelRunner:
         x = torch.zeros(tokens, config.hidden_size, dtype=self.dtype, device=self.device)
         self._graphs = StepGraphs(self, self._rows, x, recorder, self._most_rows)
 
-    def run_all(self) -> None:
-        """Run the usual steps once that are graphs, with nothing in them."""
+    def warm_up(self) -> None:
+        """Launch all kernels of the usual steps that are graphs, with nothing in them."""
         if self._graphs is not None:
-            self._graphs.run_all(_VARIANTS)
+            self._graphs.warm_up(_VARIANTS)
+
+    def only_one_layer(self) -> AbstractContextManager[None]:
+        """See :class:`foveate.engine.graphs.Steps`."""
+        return self.model.only_one_layer()
 
     def capture(self) -> float:
         """Capture the usual graphs, where graphs are used, and return the seconds that it took."""

@@ -185,7 +185,7 @@ def paged_prefill_attention(
     """Chunks of several sequences' prompts attend, each to what came before it and, causally, to itself.
 
     Args:
-        query: [tokens, heads, head_dim], one chunk after another.
+        query: [tokens, heads, head_dim], one chunk after another, and other tokens before and behind.
         key_cache: [blocks, block_size, kv_heads, head_dim].
         value_cache: the shape of ``key_cache``.
         block_tables: int32 [sequences, longest], the sequences' blocks; beyond a sequence's end, any block.
@@ -195,11 +195,12 @@ def paged_prefill_attention(
         offset: what was left out of the keys, or None.
 
     Returns:
-        [tokens, heads, head_dim]; what is behind the last chunk means nothing
+        [tokens, heads, head_dim]; what is not of a chunk means nothing
     """
     offsets, lengths = query_offsets.tolist(), key_lengths.tolist()
     assert max((end - start for start, end in pairwise(offsets)), default=0) <= longest_query
-    chunks = [
+    chunks = [torch.zeros_like(query[: offsets[0]])] if offsets[0] else []
+    chunks += [
         _chunk_attention(query[start:end], key_cache, value_cache, table, length, offset)
         for (start, end), table, length in zip(pairwise(offsets), block_tables, lengths, strict=True)
         if end > start

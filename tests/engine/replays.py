@@ -14,8 +14,9 @@ class Repeater:
     def __init__(self) -> None:
         self.recorded = self.repeated = 0
 
-    def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    def record(self, run: Callable[[], T], warm_up: Callable[[], object]) -> tuple[Callable[[], None], T]:
         self.recorded += 1
+        warm_up()
         results = run()
 
         def repeat() -> None:

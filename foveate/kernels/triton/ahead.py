@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import triton_key
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Compiler:
     """A process that compiles. Starting it takes as long as importing PyTorch, so it had better start early."""
 
     def __init__(self) -> None:
+        # What is launched here needs it, too.
+        threading.Thread(target=triton_key, name="triton-key", daemon=True).start()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -128,6 +132,8 @@ def _compile(job: Job) -> bool:
 
 def main() -> None:
     """Read orders, a line of JSON each, and answer each with a number."""
+    # Once for all of those who compile: it is a hash of Triton's library, which is large.
+    triton_key()
     for line in sys.stdin:
         order = json.loads(line)
         triton.runtime.driver.set_active(_Target(GPUTarget(*order["target"])))
