@@ -109,7 +109,7 @@ class EngineSettings(Section):
     enable_prefix_caching: bool = True
     """Reuse keys and values of prompts that begin alike, pictures included."""
     cuda_graphs: bool = True
-    """Replay steps that only decode as CUDA graphs, where there is a GPU."""
+    """Replay decode steps, short prompts' and the vision encoder's as CUDA graphs, where there is a GPU."""
     speculation: Literal["none", "prompt_lookup"] = "none"
     """prompt_lookup guesses tokens from earlier text and verifies several in one step: answers that repeat their prompt
     come faster, and stay the same."""

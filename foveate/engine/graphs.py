@@ -21,50 +21,13 @@ from foveate.engine.rows import Rows
 from foveate.engine.sampling import SamplingInputs, Variant
 from foveate.engine.upload import Arrays, upload
 from foveate.engine.verification import DraftInputs
+from foveate.kernels.recording import Recorder
 
 T = TypeVar("T")
 _ROW_BYTES, _TOKEN_BYTES, _BYTES = 256, 16, 4096
 """More than a row's inputs take, a token's, and what lies between them."""
 MOST_TOKENS = 1024
 """Of a step with chunks that is a graph, decodes included."""
-
-
-class Recorder(Protocol):
-    """Makes something that runs again what has run once."""
-
-    def record(self, run: Callable[[], T], warm_up: Callable[[], object]) -> tuple[Callable[[], None], T]:
-        """Return what repeats ``run``, and its result, which every repetition overwrites.
-
-        Before it is recorded, ``warm_up`` has to launch every kernel that it launches.
-        """
-        ...
-
-
-class CudaRecorder:
-    """Records CUDA graphs. They share their memory, since they run one after another.
-
-    Args:
-        device: where.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
-
-    def record(self, run: Callable[[], T], warm_up: Callable[[], object]) -> tuple[Callable[[], None], T]:
-        """Capture what ``run`` launches; it must neither wait for the device nor ask it for anything."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            # Once outside: kernels are compiled and libraries get their work space at their first use.
-            warm_up()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the process (an encoder's) go on with what a capture forbids its own.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = run()
-        current.wait_stream(self._stream)
-        return graph.replay, result
 
 
 class Steps(Protocol):

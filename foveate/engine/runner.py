@@ -14,7 +14,7 @@ from foveate.checkpoint.memory import affordable_blocks
 from foveate.checkpoint.plan import machine_of
 from foveate.config import EngineSettings
 from foveate.engine.batch import Batch, build
-from foveate.engine.graphs import MOST_TOKENS, CudaRecorder, Recorder, StepGraphs
+from foveate.engine.graphs import MOST_TOKENS, StepGraphs
 from foveate.engine.inputs import EmbeddingInputs, ForwardInputs, LayerCache, PagedAttention
 from foveate.engine.messages import TokenLogprob
 from foveate.engine.rows import Rows
@@ -37,6 +37,7 @@ from foveate.engine.verification import DraftInputs, choose_behind, is_good, kee
 from foveate.errors import ConfigError
 from foveate.kernels import ops
 from foveate.kernels.kv_cache import FP8, KeyOffset
+from foveate.kernels.recording import CudaRecorder, Recorder
 from foveate.models.qwen2 import Qwen2
 
 _VARIANTS = (GREEDY, Variant(adjusts=True, draws=True, width=min(WIDTHS)))

@@ -28,14 +28,19 @@ class Sequences:
     """Packed sequences.
 
     Attributes:
-        lengths: tokens of each, at least one sequence.
+        known: tokens of each, at least one sequence; None if only the device knows, where they may be 0 too.
         offsets: int32 [sequences + 1] on the device, where each begins, and the end of the last.
-        longest: tokens of the longest.
+        longest: tokens of the longest, or more.
     """
 
-    lengths: tuple[int, ...]
+    known: tuple[int, ...] | None
     offsets: Tensor
     longest: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each. Waits for the device if they are not known, so not while a CUDA graph is captured."""
+        return tuple(self.offsets.diff().tolist()) if self.known is None else self.known
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Sequences:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from foveate.checkpoint.activations import ENCODED_BYTES
-from foveate.kernels import vision_ops
+from foveate.kernels import ops, vision_ops
 from foveate.kernels.memory import Room
+from foveate.kernels.recording import CudaRecorder, Recorder
 from foveate.models.minicpmv import VisionTower
 from foveate.models.packing import Packing
+from foveate.vision.graphs import Sizes, StepGraphs
 from foveate.vision.preprocess import Patches, Pixels
 from foveate.vision.resize import DeviceResizer
 
@@ -43,9 +45,6 @@ class Slice:
     tgt_size: tuple[int, int]
 
 
-Sizes = tuple[tuple[int, int], ...]
-
-
 class VisionEncoder:
     """Runs encoder and resampler on slices of any number of pictures. For one thread at a time.
 
@@ -56,11 +55,21 @@ class VisionEncoder:
         mean: subtracted from each channel of pixels scaled to 0 to 1.
         std: each channel is then divided by this.
         batch_size: slices that :meth:`encode` takes in one step.
+        cuda_graphs: replay the usual steps as CUDA graphs once the memory was measured, where that is possible.
     """
 
-    def __init__(self, tower: VisionTower, *, mean: Sequence[float], std: Sequence[float], batch_size: int) -> None:
+    def __init__(
+        self,
+        tower: VisionTower,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.tower = tower
         self.batch_size = batch_size
+        self._cuda_graphs = cuda_graphs
         self.step_patches: int | None = None
         """Patches of a step that takes :data:`STEP_SECONDS`, once that was measured."""
         self.resizer: DeviceResizer | None = None
@@ -79,6 +88,7 @@ class VisionEncoder:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._packings: OrderedDict[Sizes, Packing] = OrderedDict()
         self._rows = Room(self.device, ENCODED_BYTES)
+        self._graphs: StepGraphs | None = None
 
     @property
     def slice_bytes(self) -> int:
@@ -126,8 +136,12 @@ class VisionEncoder:
             into: where each one's embeddings [query_num, hidden_size] are written.
         """
         with self._own_stream():
-            packing = self._packing(tuple(piece.tgt_size for piece in slices))
-            embeddings = self.tower(self.normalize(self._packed(slices)), packing)
+            sizes = tuple(piece.tgt_size for piece in slices)
+            embeddings = None
+            if self._graphs is not None:
+                embeddings = self._graphs.run(sizes, lambda room: self._copy(slices, room))
+            if embeddings is None:
+                embeddings = self._forward(self._packed(slices), self._packing(sizes))
             torch._foreach_copy_(list(into), list(embeddings.unbind()))
         if self._stream is not None:
             self._stream.synchronize()
@@ -150,7 +164,8 @@ class VisionEncoder:
         """Run a step of slices of one size and return its peak of memory on the device, in bytes; 0 on a CPU.
 
         What resizes pictures and what waits to be handed over is a part of it. The memory stays with this process, so
-        a step that is not larger finds it again. How long it takes says how much the steps to come should do.
+        a step that is not larger finds it again. How long it takes says how much the steps to come should do, and so
+        which of them get CUDA graphs, whose memory is counted too.
 
         Raises:
             torch.OutOfMemoryError: there is not enough.
@@ -172,8 +187,50 @@ class VisionEncoder:
         fit = max(1, min(num_slices, int(num_slices * STEP_SECONDS / seconds)))
         self.step_patches = fit * len(patches)
         logger.info("a slice takes %.2f ms; steps of up to %d slices", 1000 * seconds / num_slices, fit)
-        self.step_bytes = torch.cuda.max_memory_allocated(self.device) - before
+        needed = torch.cuda.max_memory_allocated(self.device) - before
+        self.step_bytes = needed + self._make_graphs(slices[:fit], into)
         return self.step_bytes
+
+    def use_graphs(self, recorder: Recorder, most_patches: int, longest: int) -> StepGraphs:
+        """Repeat steps of up to so many patches, in slices that have ``longest`` at most."""
+        with self._own_stream():
+            self._graphs = StepGraphs(
+                self._forward,
+                most_patches=most_patches,
+                longest=longest,
+                side=self.tower.encoder.config.patches_per_side,
+                columns=self._columns,
+                like=self.empty(0),
+                recorder=recorder,
+            )
+        return self._graphs
+
+    def _make_graphs(self, slices: Sequence[Slice], into: Sequence[Tensor]) -> int:
+        """Use graphs for steps that are not larger than this one, and return the bytes that they take in all."""
+        if not self._can_record():
+            return 0
+        began, reserved = time.monotonic(), torch.cuda.memory_reserved(self.device)
+        length = len(slices[0].patches)
+        graphs = self.use_graphs(CudaRecorder(self.device, self._stream), len(slices) * length, length)
+        # The largest first: all others fit into its memory. Then those of one slice; the rest when they are needed.
+        fewer = max((size for size in graphs.sizes if size < length), default=length)
+        for step in (slices, slices[:1], [Slice(slices[0].patches[:fewer], (1, fewer))]):
+            self.encode_slices(step, into[: len(step)])
+        logger.info(
+            "%d CUDA graphs captured in %.2f s, of %d to %d patches",
+            len(graphs), time.monotonic() - began, graphs.sizes[0], graphs.sizes[-1],
+        )  # fmt: skip
+        return torch.cuda.memory_reserved(self.device) - reserved
+
+    def _can_record(self) -> bool:
+        # Any other attention asks for the slices' lengths on the host.
+        config = self.tower.encoder.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        head = torch.empty(0, 1, head_dim, dtype=self.dtype, device=self.device)
+        return self._cuda_graphs and ops.has_flash_attention(head)
+
+    def _forward(self, patches: Tensor, packing: Packing) -> Tensor:
+        return self.tower(self.normalize(patches), packing)
 
     def _timed(self, slices: Sequence[Slice], into: Sequence[Tensor]) -> float:
         began = time.monotonic()

@@ -107,6 +107,7 @@ def make_server(settings: Settings, device: torch.device, make_publisher: Callab
         mean=pictures.norm_mean,
         std=pictures.norm_std,
         batch_size=settings.vision.vision_batch_size,
+        cuda_graphs=settings.engine.cuda_graphs,
     )
     measure(encoder, pictures, settings.vision.vision_batch_size, planned)
     logger.info(
