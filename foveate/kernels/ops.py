@@ -47,6 +47,7 @@ _TRITON = {
     "int4_linear": "linear",
     "gate_up_silu_int8": "linear",
     "gate_up_silu_fp8": "linear",
+    "varlen_attention": "vision_attention",
 }
 """The operations of ``foveate.kernels.triton``, and its modules that have them."""
 
@@ -216,6 +217,18 @@ def has_flash_attention(query: Tensor) -> bool:
     )
 
 
+def varlen_kernel(query: Tensor) -> Callable[..., Tensor] | None:
+    """Return :func:`foveate.kernels.triton.vision_attention.varlen_attention`, if nothing is faster for this tensor.
+
+    That is so for heads of at most 128 elements in half precision that FlashAttention would pad, to a multiple of 32.
+    """
+    head_dim = query.shape[-1]
+    if not query.is_cuda or query.dtype.itemsize != 2 or head_dim % 32 == 0 or head_dim > 128:
+        return None
+    found = _on_cuda("varlen_attention")
+    return None if found is reference.varlen_attention else found
+
+
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]
 ) -> Tensor:
@@ -243,10 +256,10 @@ def implementations(device: torch.device) -> dict[str, str]:
     """Name what serves each operation on ``device``, for the log and ``/metrics``."""
     names = dict.fromkeys(_TRITON, "torch")
     if device.type != "cuda":
-        return names | {"varlen_attention": "torch"}
-    flash = torch.cuda.get_device_capability(device) >= (8, 0)
-    names |= {name: "triton" for name in _TRITON if _on_cuda(name) is not getattr(reference, name)}
-    return names | {"varlen_attention": "flash" if flash else "torch"}
+        return names
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        names["varlen_attention"] = "flash"
+    return names | {name: "triton" for name in _TRITON if _on_cuda(name) is not getattr(reference, name)}
 
 
 def has_kernels(device: torch.device) -> bool:

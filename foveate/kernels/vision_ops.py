@@ -140,6 +140,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, queries: Sequenc
     Returns:
         [tokens, heads, head_dim], the shape of ``query``
     """
+    if (kernel := ops.varlen_kernel(query)) is not None:
+        return kernel(query, key, value, queries.offsets, keys.offsets, queries.longest)
     if not ops.has_flash_attention(query):
         return reference.varlen_attention(query, key, value, queries.lengths, keys.lengths)
     # What torch.nn.attention.varlen does, without the tenth of a millisecond that it takes to call.
