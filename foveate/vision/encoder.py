@@ -227,7 +227,11 @@ class VisionEncoder:
         config = self.tower.encoder.config
         head_dim = config.hidden_size // config.num_attention_heads
         head = torch.empty(0, 1, head_dim, dtype=self.dtype, device=self.device)
-        return self._cuda_graphs and ops.choice() != "reference" and ops.has_flash_attention(head)
+        return (
+            self._cuda_graphs
+            and ops.choice() != "reference"
+            and (ops.has_flash_attention(head) or ops.varlen_kernel(head) is not None)
+        )
 
     def _forward(self, patches: Tensor, packing: Packing) -> Tensor:
         return self.tower(self.normalize(patches), packing)
