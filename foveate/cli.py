@@ -82,10 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments; those of the process if not given.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(_run(sys.argv[1:] if argv is None else argv))
 
 
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
+_interrupts: list[int] = []
+"""The signals that came."""
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    _interrupts.append(number)
     raise KeyboardInterrupt
 
 
@@ -96,10 +103,15 @@ def _run(argv: Sequence[str]) -> int:
         result = app(list(argv), exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _fail(f"{error} Try --help.", ConfigError.exit_status)
-    except FoveateError as error:
-        return _fail(error.message, error.exit_status)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except Exception as error:
+        # A library that was interrupted may say so in its own way.
+        if _interrupts:
+            return EXIT_INTERRUPTED
+        if isinstance(error, FoveateError):
+            return _fail(error.message, error.exit_status)
+        raise
     return result if isinstance(result, int) else 0
 
 

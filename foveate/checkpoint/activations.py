@@ -24,6 +24,8 @@ GRAPH_TOKENS = 1024
 """Tokens of the largest step that is a graph."""
 
 _WORKSPACE_BYTES = 64 * MIB  # cuBLAS and cuBLASLt, 32 each on Hopper, which takes the most.
+# As many as a step of usual length has: how long it may take is measured.
+_GRAPH_SLICES = 6
 _ROUNDING = 1.03  # Small tensors, and what the allocator rounds up.
 _SLAB_ROWS = 4096  # Of a packed weight, unpacked at a time: foveate.kernels.triton.linear.
 _SLICE_PATCHES = 33 * 34  # The largest usual slice of 448 by 448 pixels: both sides rounded up.
@@ -78,6 +80,11 @@ class Step(Protocol):
     @property
     def packed_vision(self) -> bool:
         """Whether the encoder is."""
+        ...
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are CUDA graphs."""
         ...
 
     @property
@@ -151,6 +158,14 @@ def vision_step_bytes(config: ModelConfig, step: Step, vision_batch_size: int, i
     # Queries, what they attended to, its projection, and the rows that come out.
     rows = 4 * vision_batch_size * config.query_num * hidden
     return int(_ROUNDING * (patches + rows) * item_bytes) + _workspace(step)
+
+
+def encoder_bytes(config: ModelConfig, step: Step, vision_batch_size: int, item_bytes: int) -> int:
+    """Estimate the encoder's largest step and, beside it, what CUDA graphs of its usual steps keep; as above."""
+    largest = vision_step_bytes(config, step, vision_batch_size, item_bytes)
+    if not (step.graphs and step.kernels and item_bytes == 2):
+        return largest
+    return largest + vision_step_bytes(config, step, min(vision_batch_size, _GRAPH_SLICES), item_bytes)
 
 
 def _layers_bytes(config: LanguageConfig, step: Step, tokens: int, item_bytes: int) -> int:

@@ -17,11 +17,11 @@ from foveate.checkpoint.activations import (
     ENCODED_BYTES,
     RESIZER_BYTES,
     ROW_BYTES,
+    encoder_bytes,
     graphs_bytes,
     kv_token_bytes,
     language_step_bytes,
     tables_bytes,
-    vision_step_bytes,
 )
 from foveate.config import Settings
 from foveate.errors import ConfigError
@@ -244,7 +244,7 @@ def plan_memory(
     on_gpu = has_encoder * (RESIZER_BYTES + ENCODED_BYTES) + ROW_BYTES if machine.is_gpu else 0
     plan = MemoryPlan(
         machine=machine, dtype={2: "bfloat16", 4: "float32"}[item_bytes], weights=dict(weights),
-        vision_step=has_encoder and vision_step_bytes(config, demand, demand.vision_batch_size, of_vision),
+        vision_step=has_encoder and encoder_bytes(config, demand, demand.vision_batch_size, of_vision),
         language_step=language_step_bytes(language, demand, item_bytes),
         graphs=graphs_bytes(language, demand, item_bytes) if demand.graphs and machine.is_gpu else 0,
         tables=tables_bytes(language, demand, item_bytes), pictures=on_gpu + demand.handed_over + demand.cached,

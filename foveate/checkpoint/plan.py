@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from foveate.checkpoint.activations import ENCODED_BYTES, RESIZER_BYTES, vision_step_bytes
+from foveate.checkpoint.activations import ENCODED_BYTES, RESIZER_BYTES, encoder_bytes
 from foveate.checkpoint.load import state_shapes
 from foveate.checkpoint.memory import LONGEST, Machine, MemoryPlan, cpu_machine, demand_of, plan_memory, refusal
 from foveate.checkpoint.place import pick_device, pick_dtype, pick_quantization
@@ -108,7 +108,7 @@ def check_encoder(settings: Settings) -> int:
     device, dtype = _of_encoder(settings)
     is_gpu = device.type == "cuda"
     demand = demand_of(settings, LONGEST, quantization, is_gpu=is_gpu)
-    step = vision_step_bytes(config, demand, demand.vision_batch_size, dtype.itemsize)
+    step = encoder_bytes(config, demand, demand.vision_batch_size, dtype.itemsize)
     pictures = RESIZER_BYTES + ENCODED_BYTES if is_gpu else 0
     parts = [
         ("weights, vision", weight_bytes(config, quantization, dtype)["vision"]),

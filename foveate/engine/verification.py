@@ -63,7 +63,7 @@ def keep_newest(tokens: Tensor, chosen: Tensor, counting: Tensor, inputs: Sampli
     """Write each sequence's last choice that counts to its place in ``tokens``, whose last place is nobody's."""
     next_is_draft = drafts.first.roll(-1) <= torch.arange(len(chosen), device=chosen.device)
     # Behind the last row stands the first, which is no draft of it.
-    next_is_draft[-1] = False
+    next_is_draft[-1:].zero_()  # An assignment would copy from the host, which a CUDA graph cannot have.
     is_last = counting & ~(next_is_draft & counting.roll(-1))
     tokens.index_copy_(0, torch.where(is_last, inputs.rows, len(tokens) - 1), chosen)
 

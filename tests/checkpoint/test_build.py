@@ -240,7 +240,8 @@ def test_a_killed_build_leaves_no_directory_and_the_next_one_works(tmp_path: Pat
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path, large_size: Path, number: signal.Signals) -> None:
     with in_the_middle(tmp_path / "out", large_size) as process:
         process.send_signal(number)
-    assert process.returncode == 130
+        _, said = process.communicate()
+    assert process.returncode == 130, said
     assert os.listdir(tmp_path) == []
 
 

@@ -24,7 +24,7 @@ from foveate.errors import Unavailable
 from foveate.transport.handle import Offer
 from foveate.vision import vision_pb2 as pb
 from foveate.vision.client import VisionClient
-from foveate.vision.remote import MAX_FAILURES, PictureTask
+from foveate.vision.remote import MAX_FAILURES, Encoded, PictureTask
 from foveate.vision.rpc import handlers
 
 Eventually = Callable[[Callable[[], bool]], None]
@@ -210,7 +210,9 @@ async def all_usable(client: VisionClient) -> None:
 
 
 async def encoder_of_a_picture(client: VisionClient) -> str:
-    [encoded] = await client.encode([PictureTask(b"", 1, 1)])
+    taken: list[Encoded] = []
+    await client.encode([PictureTask(b"", 1, 1)], lambda _, encoded: taken.append(encoded))
+    [encoded] = taken
     return bytes(encoded.embeddings.rows).decode()  # type: ignore[union-attr]
 
 

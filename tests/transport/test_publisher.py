@@ -1,6 +1,7 @@
 """Publishing, attaching and reading within one process; other files do it with several."""
 
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -249,6 +250,7 @@ def test_attaching_and_detaching_leaves_no_descriptor(tmp_path: Path, eventually
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    gc.collect()  # What earlier tests left may go now, and not while descriptors are counted.
     before = descriptors()
     publisher = SharedPublisher(SETTINGS, "encoder", str(tmp_path / "arena.sock"), CPU)
     started = descriptors()
@@ -259,7 +261,7 @@ def test_attaching_and_detaching_leaves_no_descriptor(tmp_path: Path, eventually
         with pytest.raises(Unavailable):
             attach(publisher.offer.address, "engine", "cuda-ipc", CPU)
     del reader
-    eventually(lambda: descriptors() == started)
+    eventually(lambda: descriptors() <= started)
     assert publisher.stats()["arena_blocks_free"] == 8
     publisher.close()
     del publisher
