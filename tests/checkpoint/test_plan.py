@@ -118,7 +118,8 @@ def test_more_of_everything_takes_more() -> None:
     }  # fmt: skip
     assert batch[language] > usual[language]
     assert tokens[language] > 3 * usual[language]
-    assert 1.8 < slices[vision] / usual[vision] < 2
+    # A step of twice the slices takes nearly twice as much; what the encoder's graphs keep beside it does not grow.
+    assert 1.5 < slices[vision] / usual[vision] < 2
     assert plain[graph] == 0
 
 
