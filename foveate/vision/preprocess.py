@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from foveate.media.slicing import SlicePlan
+from foveate.media.slicing import Size, SlicePlan
 
 Patches = npt.NDArray[np.uint8]
 Room = Callable[[tuple[int, int], type[np.uint8]], Patches]
@@ -30,9 +30,9 @@ class Pixels:
 
 def cut(picture: Image.Image, plan: SlicePlan) -> list[Image.Image]:
     """Return the resized source and its slices, row by row, as RGB pictures."""
-    slices = [_resized(picture, plan.source_size)]
+    slices = [resized(picture, plan.source_size)]
     if plan.refine_size is not None and plan.slice_size is not None and plan.grid is not None:
-        refined = _resized(picture, plan.refine_size)
+        refined = resized(picture, plan.refine_size)
         width, height = plan.slice_size
         for row in range(plan.grid[1]):
             for column in range(plan.grid[0]):
@@ -41,8 +41,20 @@ def cut(picture: Image.Image, plan: SlicePlan) -> list[Image.Image]:
     return slices
 
 
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resized(picture: Image.Image, size: Size) -> Image.Image:
+    """Resize a picture bicubically, to the same pixels with every version of Pillow from 12 on.
+
+    They differ in which direction comes first. A resize of one side alone is the same in all of them.
+    """
+    if columns_first(picture.size, size):
+        picture = picture.resize((picture.width, size[1]), Image.Resampling.BICUBIC)
     return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def columns_first(size: Size, new_size: Size) -> bool:
+    """Say whether columns are resized before rows, as Pillow 13 does where the height shrinks by much more pixels."""
+    less = size[1] - new_size[1]
+    return less > 0 and less > 2 * (size[0] - new_size[0])
 
 
 def to_patches(picture: Image.Image, patch_size: int, into: Patches | None = None) -> Patches:

@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from foveate.kernels import vision_ops
 from foveate.media.slicing import Size, SlicePlan
-from foveate.vision.preprocess import Patches, preprocess
+from foveate.vision.preprocess import Patches, columns_first, preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,6 @@ class DeviceResizer:
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._tables: OrderedDict[Size, tuple[Tensor, Tensor]] = OrderedDict()
-        self._columns_first: Callable[[Size, Size], bool] = columns_first
 
     @classmethod
     def make(cls, device: torch.device) -> DeviceResizer | None:
@@ -79,14 +77,7 @@ class DeviceResizer:
         return None
 
     def agrees(self) -> bool:
-        """Learn from the Pillow that is there in which order it resizes, and say whether the pixels are the same."""
-        for order in (columns_first, _rows_first):
-            self._columns_first = order
-            if self._same_pixels():
-                return True
-        return False
-
-    def _same_pixels(self) -> bool:
+        """Say whether the Pillow that is there makes the same pixels."""
         random = np.random.default_rng(0)
         for (width, height), plan in _SAMPLES:
             pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -128,7 +119,7 @@ class DeviceResizer:
             for new_size, grid, count in steps:
                 tables = self._table(width, new_size[0]), self._table(height, new_size[1])
                 part = target.view(-1, columns)[start : start + count]
-                first = self._columns_first(size, new_size)
+                first = columns_first(size, new_size)
                 resize(self._kernels, source.view(height, width, 3), middle, tables, part, new_size, grid, first)
                 start += count
             patches.copy_(target.view(-1, columns), non_blocking=True)
@@ -190,12 +181,6 @@ def resize(
         kernels.resample_patches(between, *along_columns, patches, shape, grid, patch_size, along_row=False)
 
 
-def columns_first(size: Size, new_size: Size) -> bool:
-    """Say whether Pillow (13 and newer) resizes the columns first: where the height shrinks by much more pixels."""
-    less = size[1] - new_size[1]
-    return less > 0 and less > 2 * (size[0] - new_size[0])
-
-
 def coefficients(length: int, new_length: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Return what each new pixel along an axis is made of, by Pillow's bicubic filter (a = -0.5).
 
@@ -218,11 +203,6 @@ def coefficients(length: int, new_length: int) -> tuple[npt.NDArray[np.int32], n
     weights /= np.cumsum(weights, axis=1)[:, -1:]
     whole = np.trunc(weights * 2.0**_PRECISION + np.where(weights < 0, -0.5, 0.5))
     return starts.astype(np.int32), whole.astype(np.int32)
-
-
-def _rows_first(size: Size, new_size: Size) -> bool:
-    """What :func:`columns_first` says for Pillow before 13."""
-    return False
 
 
 _SAMPLES = (

@@ -10,8 +10,8 @@ from PIL import Image
 
 from foveate.kernels import vision_ops
 from foveate.media.slicing import Size
-from foveate.vision.preprocess import to_patches
-from foveate.vision.resize import coefficients, columns_first, resize
+from foveate.vision.preprocess import columns_first, resized, to_patches
+from foveate.vision.resize import coefficients, resize
 
 with interpreted._interpreting():
     from foveate.kernels.triton import vision, vision_resize
@@ -95,9 +95,9 @@ def table(length: int, new_length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_pictures_are_resized_as_pillow_does(size: Size, new_size: Size, grid: tuple[int, int]) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     rows, columns = new_size[1] // grid[0], new_size[0] // grid[1]
-    resized = Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC)
+    picture = resized(Image.fromarray(pixels), new_size)
     boxes = [(x * columns, y * rows) for y in range(grid[0]) for x in range(grid[1])]
-    expected = np.concatenate([to_patches(resized.crop((x, y, x + columns, y + rows)), 14) for x, y in boxes])
+    expected = np.concatenate([to_patches(picture.crop((x, y, x + columns, y + rows)), 14) for x, y in boxes])
     first = columns_first(size, new_size)
     patches = torch.zeros(expected.shape, dtype=torch.uint8, device=DEVICE)
     middle = torch.empty(3 * max(size[0] * new_size[1], size[1] * new_size[0]), dtype=torch.uint8, device=DEVICE)

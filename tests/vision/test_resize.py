@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from foveate.media.slicing import Size, plan_slices
-from foveate.vision.preprocess import preprocess
-from foveate.vision.resize import DeviceResizer, coefficients, columns_first
+from foveate.vision.preprocess import columns_first, preprocess
+from foveate.vision.preprocess import resized as resized_by_pillow
+from foveate.vision.resize import DeviceResizer, coefficients
 
 Picture = npt.NDArray[np.uint8]
 SIDE = st.integers(1, 90)
@@ -44,7 +45,7 @@ def test_the_same_pixels(size: Size, new_size: Size, seed: int, hard: bool) -> N
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     if hard:
         pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)
-    expected = np.asarray(Image.fromarray(pixels).resize(new_size, Image.Resampling.BICUBIC))
+    expected = np.asarray(resized_by_pillow(Image.fromarray(pixels), new_size))
     assert np.array_equal(resized(pixels, new_size), expected)
 
 
