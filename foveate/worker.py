@@ -41,7 +41,12 @@ _ENCODER_SECONDS = 300.0
 
 
 def build(
-    settings: Settings, plan: MemoryPlan, local: LocalArena | None, instance: Path, encoder_bytes: int = 0
+    settings: Settings,
+    plan: MemoryPlan,
+    local: LocalArena | None,
+    instance: Path,
+    compile_ahead: ops.CompileAhead,
+    encoder_bytes: int = 0,
 ) -> EngineCore:
     """Load the language model and put the engine around it.
 
@@ -50,6 +55,7 @@ def build(
         plan: of the memory.
         local: where an encoder in this process leaves its rows, if there is one.
         instance: the folder where an encoder of its own process says that it has its memory.
+        compile_ahead: compiles kernels before they are launched.
         encoder_bytes: what an encoder in this process needs of the device beside its weights.
 
     Raises:
@@ -58,13 +64,11 @@ def build(
     """
     device = pick_device(settings.model.device)
     dtype = pick_dtype(settings.model.dtype, device)
-    ops.choose(settings.model.kernels)
     facts = ModelFacts.from_folder(settings.model.model or "")
     max_seq_len = longest_sequence(settings, facts.max_position_embeddings)
-    with ops.compiler(device) as compile_ahead:
-        model = load(settings.model, device, dtype, part="language").language
-        if ops.has_kernels(device):
-            _compile(model, settings.engine, max_seq_len, compile_ahead)
+    model = load(settings.model, device, dtype, part="language").language
+    if ops.has_kernels(device):
+        _compile(model, settings.engine, max_seq_len, compile_ahead)
     # Not earlier: until here there is enough to do that needs little memory.
     _await_encoder(settings, instance)
     reserved = _reserved_bytes(model, settings.engine, plan) + encoder_bytes
@@ -196,10 +200,12 @@ def main() -> None:
     started = time.monotonic()
     try:
         configure_logging(settings.logs, "engine")
-        plan = _plan(settings, instance)
-        local = LocalArena(f"local-{secrets.token_hex(6)}") if settings.vision.encoder == "engine" else None
-        encoder_bytes = _start_encoder(settings, instance, local) if local is not None else 0
-        core = build(settings, plan, local, instance, encoder_bytes)
+        ops.choose(settings.model.kernels)
+        with ops.compiler(pick_device(settings.model.device)) as compile_ahead:
+            plan = _plan(settings, instance)
+            local = LocalArena(f"local-{secrets.token_hex(6)}") if settings.vision.encoder == "engine" else None
+            encoder_bytes = _start_encoder(settings, instance, local) if local is not None else 0
+            core = build(settings, plan, local, instance, compile_ahead, encoder_bytes)
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)

@@ -63,7 +63,7 @@ def choose(kernels: Kernels) -> None:
 
 @contextmanager
 def compiler(device: torch.device) -> Iterator[CompileAhead]:
-    """Have kernels compiled ahead, on all cores; what that needs gets ready in the background."""
+    """Have kernels compiled ahead, on all cores; to be entered before anything runs on the device or in threads."""
     if device.type != "cuda" or not has_kernels(device):
         yield lambda run: 0
         return

@@ -3,21 +3,25 @@
 Triton compiles a kernel when it is first launched, one after the other: some forty variants of a quantized model take
 half a minute. Here a dry run first notes what would be launched, a process of its own compiles all of that in parallel,
 and the first real launch finds it in Triton's cache on the disk. If any of this fails, kernels are compiled as usual.
+
+That process is a fork, made before there is anything on the device: a new one would import PyTorch again, which takes
+as long as compiling does where the disk is slow.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import subprocess
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -49,14 +53,19 @@ def noted() -> Iterator[list[Job]]:
 
 
 class Compiler:
-    """A process that compiles. Starting it takes as long as importing PyTorch, so it had better start early."""
+    """A process that compiles. To be made before anything else runs on the device or in threads: it is a fork."""
 
     def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._child = os.fork()
+        if self._child == 0:
+            ours.close()
+            _run(theirs)
+        theirs.close()
+        self._wire = ours.makefile("rw")
+        ours.close()
         # What is launched here needs it, too.
         threading.Thread(target=triton_key, name="triton-key", daemon=True).start()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
 
     def compile(self, run: Callable[[], object]) -> int:
         """Compile what ``run`` launches, which is called once, without its kernels having any effect.
@@ -69,21 +78,20 @@ class Compiler:
                 run()
             target = triton.runtime.driver.active.get_current_target()
             order = {"target": [target.backend, target.arch, target.warp_size], "jobs": jobs}
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            return int(self._process.stdout.readline())
+            self._wire.write(json.dumps(order) + "\n")
+            self._wire.flush()
+            return int(self._wire.readline())
         except Exception as error:  # noqa: BLE001 - nothing depends on it; what is really wrong will be seen again
             logger.warning("kernels are compiled when they are needed: %s", error)
             return 0
 
     def close(self) -> None:
         """End the process."""
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._wire.close()
+        if self._child:
+            os.waitpid(self._child, 0)
+            self._child = 0
 
 
 @dataclass(frozen=True)
@@ -130,17 +138,20 @@ def _compile(job: Job) -> bool:
     return True
 
 
-def main() -> None:
-    """Read orders, a line of JSON each, and answer each with a number."""
-    # Once for all of those who compile: it is a hash of Triton's library, which is large.
-    triton_key()
-    for line in sys.stdin:
-        order = json.loads(line)
-        triton.runtime.driver.set_active(_Target(GPUTarget(*order["target"])))
-        for job in order["jobs"]:
-            import_module(job["module"])
-        print(_compile_all(order["jobs"]), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def _run(wire: socket.socket) -> NoReturn:
+    """Be the process that compiles: read orders, a line of JSON each, and answer each with a number."""
+    try:
+        # Once for all of those who compile: it is a hash of Triton's library, which is large.
+        triton_key()
+        with wire.makefile("rw") as lines:
+            for line in lines:
+                order = json.loads(line)
+                triton.runtime.driver.set_active(_Target(GPUTarget(*order["target"])))
+                for job in order["jobs"]:
+                    import_module(job["module"])
+                lines.write(f"{_compile_all(order['jobs'])}\n")
+                lines.flush()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other side goes on without
+        print(f"compiling ahead: {error}", file=sys.stderr, flush=True)
+    # Nothing of the process that this is a copy of is to be ended by it.
+    os._exit(0)
