@@ -40,7 +40,7 @@ class EngineCollector(Collector):
         self._stats: Mapping[str, int] = {}
 
     def update(self, stats: Mapping[str, int]) -> None:
-        """Show these numbers from now on; an empty mapping shows none (the engine is away)."""
+        """Show these numbers from now on; an empty mapping is an engine that is away."""
         self._stats = stats
 
     def describe(self) -> Iterator[Metric]:
