@@ -46,7 +46,12 @@ def browser_page(**options: Any) -> Iterator[Watched]:
         watched = Watched(page)
         page.on("request", lambda request: watched.requests.append(request.url))
         page.on("pageerror", lambda error: watched.complaints.append(str(error)))
-        page.on("console", lambda said: said.type in ("error", "warning") and watched.complaints.append(said.text))
+
+        def hear(said: Any) -> None:
+            if said.type in ("error", "warning"):
+                watched.complaints.append(said.text)
+
+        page.on("console", hear)
         try:
             yield watched
         finally:

@@ -13,8 +13,11 @@ from browser import Watched, browser_page
 from prometheus_client.parser import text_string_to_metric_families
 from serving import RunningServer
 
+from foveate.api.metrics_reference import everything
+
 Eventually = Callable[[Callable[[], bool]], None]
 TTFT = "foveate_time_to_first_token_seconds"
+ENCODED = 'foveate_stage_seconds_count{stage="encode"}'
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +49,15 @@ def cell(watched: Watched, row: str, column: int) -> str:
 
 
 def test_what_is_shown_is_what_metrics_says(shown: Watched, busy: RunningServer) -> None:
-    assert value(shown, "#tiles", "answered") == busy.metric("foveate_request_seconds_count") == 3
+    assert value(shown, "#tiles", "answered") == busy.metric("foveate_request_seconds_count") >= 3
     assert value(shown, "#tiles", "running") == busy.metric("foveate_requests_running") == 0
-    assert value(shown, "#tiles", "errors") == 2
+    counts = httpx.get(f"{busy.url}/status").json()["error_counts"]
+    assert value(shown, "#tiles", "errors") == sum(counts.values()) >= 2
     assert value(shown, "#arena", "arena_bytes") == busy.metric('foveate_vision_arena_bytes{service="own"}')
     assert value(shown, "#memory", "memory:engine") > 10 * 2**20
-    assert cell(shown, "time to first token", 5) == "3"
-    assert cell(shown, "encode", 5) == "2", "the third picture was known"
+    assert cell(shown, "time to first token", 5) == f"{busy.metric(f'{TTFT}_count'):.0f}"
+    # The third picture was known.
+    assert cell(shown, "encode", 5) == f"{busy.metric(ENCODED):.0f}" == "2"
     assert "ready" in shown.page.inner_text("header")
     assert "model on cpu, float32" in shown.page.inner_text("#facts")
 
@@ -153,3 +158,17 @@ def test_it_fits_a_phone_in_both_schemes(shown: Watched, scheme: str) -> None:
     brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink)]
     assert (brightness[0] < brightness[1]) == (scheme == "dark")
     page.set_viewport_size({"width": 1280, "height": 800})
+
+
+def test_gpus_are_shown_where_there_are_any(shown: Watched) -> None:
+    # Hardly a machine that runs this has one: the numbers are those that the metrics' page is made with.
+    page = shown.page
+    page.route("**/metrics", lambda route: route.fulfill(body=everything().render().decode()))
+    page.reload()
+    page.wait_for_selector("#use [data-key='gpu_use:GPU 0']")
+    assert page.inner_text("#use h2") == "GPU use"
+    assert page.inner_text("#use .legend b") == "50 %"
+    assert page.inner_text("#memory h2") == "GPU memory"
+    assert page.locator("#memory .legend li").count() == 1
+    page.unroute_all()
+    assert shown.complaints == []

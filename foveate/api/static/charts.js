@@ -25,6 +25,14 @@ export function format(unit, value) {
   return value === null || value === undefined || Number.isNaN(value) ? "–" : FORMATS[unit](value);
 }
 
+export function duration(seconds) {
+  const [days, hours, minutes] = [seconds / 86400, (seconds / 3600) % 24, (seconds / 60) % 60].map(Math.floor);
+  const parts = [[days, "d"], [hours, "h"], [minutes, "min"], [Math.floor(seconds % 60), "s"]];
+  const first = parts.findIndex(([count]) => count);
+  if (first < 0) return "0 s";
+  return parts.slice(first, first + 2).filter(([count]) => count).map((part) => part.join(" ")).join(" ");
+}
+
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -41,7 +49,7 @@ function drawn(name, attributes, ...children) {
 
 // The smallest of 1, 2 or 5 times a power of ten that is not below.
 function roof(value, unit) {
-  const scale = unit === "bytes" ? 2 ** 20 : 1;
+  const scale = unit !== "bytes" ? 1 : value > GIB / 2 ? GIB : 2 ** 20;
   const least = value / scale;
   const power = 10 ** Math.floor(Math.log10(least));
   return scale * power * [1, 2, 5, 10].find((step) => step * power >= least * (1 - 1e-9));
@@ -77,9 +85,10 @@ export class Chart {
     const y = (value) => HEIGHT - BOTTOM - (value / top) * (HEIGHT - BOTTOM - TOP);
     const grid = [0, top / 2, top].map((value) => drawn("line", { class: "grid", x1: 0, x2: width, y1: y(value), y2: y(value) }));
     const label = drawn("text", { class: "axis", x: 0, y: TOP - 3 }, most > 0 ? format(this.spec.unit, top) : "");
+    const span = drawn("text", { class: "axis end", x: width, y: TOP - 3 }, duration((to - from) / 1000));
     const paths = lines.map((line, number) => drawn("path", { class: `line c${number % 4}`, d: path(points, line.key, x, y) }));
     const mark = pointed ? [drawn("line", { class: "mark", x1: x(pointed.time), x2: x(pointed.time), y1: TOP, y2: HEIGHT })] : [];
-    this.svg.replaceChildren(...grid, label, ...paths, ...mark);
+    this.svg.replaceChildren(...grid, label, span, ...paths, ...mark);
   }
 
   entry(line, number, value) {

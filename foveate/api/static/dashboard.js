@@ -1,6 +1,6 @@
 // Asks /metrics every few seconds, keeps what came in this page, and shows it.
 
-import { Chart, element, format } from "./charts.js";
+import { Chart, duration, element, format } from "./charts.js";
 import { observations, parse, quantile } from "./metrics.js";
 import { CHARTS, TILES, point, timed, times } from "./panels.js";
 
@@ -103,11 +103,6 @@ function errorRow(one) {
   return row;
 }
 
-function duration(seconds) {
-  const [days, hours, minutes] = [seconds / 86400, (seconds / 3600) % 24, (seconds / 60) % 60].map(Math.floor);
-  return days ? `${days} d ${hours} h` : hours ? `${hours} h ${minutes} min` : minutes ? `${minutes} min` : `${Math.floor(seconds)} s`;
-}
-
 const charts = CHARTS.map((spec) => new Chart(spec, (part) => {
   pointed = part;
   draw();
@@ -115,7 +110,9 @@ const charts = CHARTS.map((spec) => new Chart(spec, (part) => {
 
 function draw() {
   const to = Date.now();
-  const from = to - Number(byId("window").value) * 1000;
+  // A page that was just opened has little to show, and shows that large.
+  const began = Math.min(points[0]?.time ?? to, to - MINUTE_MS);
+  const from = Math.max(began, to - Number(byId("window").value) * 1000);
   const shown = points.filter((one) => one.time >= from);
   const now = points[points.length - 1];
   const mark = pointed === null ? null : closest(shown, from + pointed * (to - from));

@@ -27,9 +27,14 @@ function type(schema) {
   return [[schema.type ?? "any"].flat().join(" or ")];
 }
 
+// JSON's numbers are floats here: those that are too large to be exact are powers of two.
+function bound(value) {
+  return Math.abs(value) < 2 ** 53 ? String(value) : `${value < 0 ? "-" : ""}2^${Math.round(Math.log2(Math.abs(value)))}`;
+}
+
 function bounds(schema) {
   const whole = [schema, ...(schema.anyOf ?? [])];
-  return whole.flatMap((one) => Object.entries(BOUNDS).filter(([key]) => key in one).map(([key, sign]) => `${sign} ${one[key]}`)).join(", ");
+  return whole.flatMap((one) => Object.entries(BOUNDS).filter(([key]) => key in one).map(([key, sign]) => `${sign} ${bound(one[key])}`)).join(", ");
 }
 
 function field(name, schema, required) {
