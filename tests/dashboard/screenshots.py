@@ -24,8 +24,8 @@ from serving import ROOT, running_server
 IMAGES = ROOT / "docs" / "images"
 SECONDS = 100.0
 CLIENTS = 5
-SIZE = {"width": 1280, "height": 800}
-SCHEMES = {"light": "dashboard.png", "dark": "dashboard-dark.png"}
+SIZE: Any = {"width": 1280, "height": 800}
+SCHEMES: dict[Any, str] = {"light": "dashboard.png", "dark": "dashboard-dark.png"}
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "What is at the top left?")
 
 
