@@ -43,8 +43,9 @@ proto: .venv/.installed-dev  ## Compile vision.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=foveate/vision/vision.protoset --pyi_out=. \
 		foveate/vision/vision.proto
 
-docs-reference: .venv/.installed  ## Make docs/configuration.md from the settings
+docs-reference: .venv/.installed  ## Make docs/configuration.md from the settings, docs/metrics.md from the metrics
 	$(BIN)/python -m foveate.deploy.reference > docs/configuration.md
+	$(BIN)/python -m foveate.api.metrics_reference > docs/metrics.md
 
 clean:  ## Remove the environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info

@@ -9,16 +9,14 @@ import json
 import logging
 import logging.handlers
 import sys
-from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 
+from foveate.collectors import EngineCollector, MachineCollector, VisionCollector
 from foveate.config import LogSettings
 from foveate.errors import ConfigError
 
@@ -35,7 +33,17 @@ LogName = Literal["api", "engine", "vision"]
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s [%(request_id)s] %(message)s"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STAGE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
-_TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+# Close enough together that a percentile, which is interpolated between two of them, can be trusted.
+_FIRST_TOKEN_SECONDS = (
+    0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0,
+    30.0, 60.0, 120.0, 300.0,
+)  # fmt: skip
+_TOKEN_SECONDS = (
+    0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1,
+    0.15, 0.2, 0.3, 0.5, 1.0, 2.0,
+)  # fmt: skip
+PROCESSES = ("engine", "vision")
+"""The children of the API process that are started again when they die."""
 
 
 class RequestIdFilter(logging.Filter):
@@ -118,85 +126,6 @@ def _file_handler(logs: LogSettings, file: Path) -> logging.Handler:
         raise ConfigError(f"--log-dir: {file} cannot be written ({error.strerror})") from error
 
 
-class EngineCollector(Collector):
-    """Shows the engine's own numbers under ``foveate_engine_``, as of the last :meth:`update`."""
-
-    _COUNTERS: Mapping[str, str] = {
-        "steps": "Steps the engine has run",
-        "prompt_tokens": "Prompt tokens of admitted sequences",
-        "cached_tokens": "Prompt tokens whose keys and values a prefix hit supplied",
-        "generated_tokens": "Tokens sampled",
-        "draft_tokens": "Tokens guessed ahead and verified",
-        "accepted_tokens": "Guessed tokens that were right",
-        "preemptions": "Sequences evicted to be recomputed later",
-        "finished": "Sequences that ended by themselves",
-        "aborted": "Sequences that were given up",
-    }
-    _GAUGES: Mapping[str, str] = {
-        "num_waiting": "Sequences that wait for admission",
-        "num_running": "Sequences in the batch",
-        "free_blocks": "KV blocks that hold nothing",
-        "cached_blocks": "KV blocks that nobody uses but a prefix hit may",
-        "total_blocks": "KV blocks",
-    }
-
-    def __init__(self) -> None:
-        self._stats: Mapping[str, int] = {}
-
-    def update(self, stats: Mapping[str, int]) -> None:
-        """Show these numbers from now on; an empty mapping shows none (the engine is away)."""
-        self._stats = stats
-
-    def describe(self) -> Iterator[Metric]:
-        """Name nothing in advance: what is shown depends on the engine."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield one family for each number that the engine gave."""
-        for name, help_text in self._COUNTERS.items():
-            if name in self._stats:
-                yield CounterMetricFamily(f"foveate_engine_{name}", help_text, value=self._stats[name])
-        for name, help_text in self._GAUGES.items():
-            if name in self._stats:
-                yield GaugeMetricFamily(f"foveate_engine_{name}", help_text, value=self._stats[name])
-
-
-class VisionCollector(Collector):
-    """Shows what the vision services say of themselves under ``foveate_vision_``, as of the last :meth:`update`."""
-
-    def __init__(self) -> None:
-        self._services: Mapping[str, Mapping[str, float]] = {}
-        self._transports: Mapping[str, str] = {}
-
-    def update(self, services: Mapping[str, Mapping[str, float]], transports: Mapping[str, str]) -> None:
-        """Show these from now on.
-
-        Args:
-            services: each service's numbers, by its address; none for one that is away.
-            transport: how each service's rows reach the engine; empty for one that is away.
-        """
-        self._services, self._transports = services, transports
-
-    def describe(self) -> Iterator[Metric]:
-        """Name nothing in advance: what is shown depends on the services."""
-        return iter(())
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield one family for each number that any service gave."""
-        up = GaugeMetricFamily("foveate_vision_up", "Whether the service can be used", labels=["service", "transport"])
-        for service, transport in self._transports.items():
-            up.add_metric([service, transport], float(bool(transport)))
-        yield up
-        for name in sorted({name for values in self._services.values() for name in values}):
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            words = name.removesuffix("_total").replace("_", " ")
-            family = kind(f"foveate_vision_{name}", f"Of a vision service: {words}", labels=["service"])
-            for service, values in self._services.items():
-                if name in values:
-                    family.add_metric([service], values[name])
-            yield family
-
-
 class Metrics:
     """What the API process counts and times. All times are in seconds."""
 
@@ -204,14 +133,20 @@ class Metrics:
         registry = self._registry = CollectorRegistry()
         self.engine = EngineCollector()
         self.vision = VisionCollector()
-        registry.register(self.engine)
-        registry.register(self.vision)
+        self.machine = MachineCollector()
+        for collector in (self.engine, self.vision, self.machine):
+            registry.register(collector)
+        self.info = Info("foveate", "The server's version and its model", registry=registry)
         self.running = Gauge("foveate_requests_running", "Chat completions under way", registry=registry)
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
             return Counter(f"foveate_{name}", help_text, labels, registry=registry)
 
         self.requests = counter("requests", "HTTP requests answered", "route", "status")
+        self.errors = counter("errors", "Errors that clients were told, by their code, or else their type", "type")
+        self.restarts = counter("restarts", "Deaths of a process that is started again", "process")
+        for process in PROCESSES:
+            self.restarts.labels(process)
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered requests")
         self.completion_tokens = counter("completion_tokens", "Tokens of answers")
         self.pictures = counter("pictures", "Pictures encoded, by whether their embeddings were there", "cached")
@@ -231,7 +166,9 @@ class Metrics:
         )
         for stage in STAGES:
             self.stage_seconds.labels(stage)
-        self.ttft_seconds = histogram("time_to_first_token", "From a request's arrival to its first token")
+        self.ttft_seconds = histogram(
+            "time_to_first_token", "From a request's arrival to its first token", _FIRST_TOKEN_SECONDS
+        )
         self.tpot_seconds = histogram("time_per_output_token", "Between tokens, mean of one sequence", _TOKEN_SECONDS)
         self.request_seconds = histogram("request", "From a request's arrival to the end of its answer")
 

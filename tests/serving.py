@@ -48,15 +48,18 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, *flags: str, model: Path | None = TINY_MODEL) -> Iterator[RunningServer]:
+def running_server(
+    folder: Path, *flags: str, model: Path | None = TINY_MODEL, port: int = 0
+) -> Iterator[RunningServer]:
     """Start ``foveate serve``, wait until it is ready, and see to it that it and all its children end.
 
     Args:
         folder: where it runs and its log goes.
         flags: further flags of the command.
         model: the checkpoint; None for the built-in one.
+        port: where it listens; 0 for any.
     """
-    command = [sys.executable, "-m", "foveate.cli", "serve", *([str(model)] if model else []), "--port", "0"]
+    command = [sys.executable, "-m", "foveate.cli", "serve", *([str(model)] if model else []), "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     log = folder / "server.log"
     with log.open("wb") as output:

@@ -93,10 +93,13 @@ def test_two_sets_of_metrics_never_meet() -> None:
 
 def test_the_engines_numbers_are_the_last_ones() -> None:
     metrics = Metrics()
-    assert b"foveate_engine_" not in metrics.render()
+    assert b"\nfoveate_engine_up 0.0\n" in metrics.render()
     metrics.engine.update({"num_running": 2, "steps": 7})
     shown = metrics.render()
+    assert b"\nfoveate_engine_up 1.0\n" in shown
     assert b"\nfoveate_engine_num_running 2.0\n" in shown
     assert b"\nfoveate_engine_steps_total 7.0\n" in shown
     metrics.engine.update({})
-    assert b"foveate_engine_" not in metrics.render()
+    away = metrics.render()
+    assert b"\nfoveate_engine_up 0.0\n" in away
+    assert b"foveate_engine_steps" not in away

@@ -28,13 +28,16 @@ from foveate.api.errors import (
     json_response,
 )
 from foveate.api.identity import fingerprint
+from foveate.api.incidents import Incidents
 from foveate.api.middleware import AccessControl, RequestScope, cors_options
+from foveate.api.pages import add_pages, add_status
 from foveate.api.response import EventStream, unless_hung_up
 from foveate.api.stream import Completion
 from foveate.chat.assets import ModelAssets
 from foveate.config import Settings
 from foveate.engine.client import EngineClient
 from foveate.errors import FoveateError, Unavailable
+from foveate.machine import gpus, processes
 from foveate.media.fetch import MediaFetcher
 from foveate.telemetry import Metrics
 from foveate.version import version
@@ -56,6 +59,7 @@ def create_app(
         vision: where pictures are encoded.
     """
     metrics = Metrics()
+    metrics.info.info({"version": version(), "model": model_name})
     fetcher = MediaFetcher(settings.media)
     service = ChatService(
         assets,
@@ -79,6 +83,9 @@ def create_app(
         lifespan=lifespan,
         # A redirect would repeat whatever host name the client sent.
         redirect_slashes=False,
+        # The framework's own pages load their scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
         exception_handlers={
             FoveateError: handle_foveate_error,
             HTTPException: handle_http_error,
@@ -86,14 +93,17 @@ def create_app(
             ClientDisconnect: handle_hang_up,
         },
     )
+    app.state.incidents = Incidents(metrics)
     # The last one added is the outermost. A browser asks whether it may send a key before it sends one.
-    app.add_middleware(AccessControl, settings=settings.http)
+    app.add_middleware(AccessControl, settings=settings.http, incidents=app.state.incidents)
     if settings.http.cors_origins:
         app.add_middleware(CORSMiddleware, **cors_options(settings.http))
     app.add_middleware(RequestScope, metrics=metrics)
     _add_chat(app, service, settings.http.max_body_bytes)
     _add_models(app, model_name, engine)
     _add_status(app, model_name, engine, vision, metrics)
+    add_status(app, model_name, engine, vision, app.state.incidents)
+    add_pages(app, needs_key=bool(settings.http.api_key))
     return app
 
 
@@ -165,6 +175,7 @@ def _add_status(app: FastAPI, model_name: str, engine: EngineClient, vision: Vis
         names = [encoder.name for encoder in vision.encoders]
         transports = {one.name: one.transport if one.usable else "" for one in vision.encoders}
         metrics.vision.update(dict(zip(names, vision_stats, strict=True)), transports)
+        metrics.machine.update(*await asyncio.to_thread(lambda: (gpus(), processes())))
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -174,6 +185,7 @@ async def _engine_stats(engine: EngineClient) -> dict[str, Any]:
         return {}
     try:
         async with asyncio.timeout(_STATS_SECONDS):
-            return msgspec.structs.asdict(await engine.stats())
+            stats = msgspec.structs.asdict(await engine.stats())
+            return {**stats, "max_batch_size": engine.ready.max_batch_size}
     except (FoveateError, TimeoutError):
         return {}

@@ -1,7 +1,7 @@
 """The API's description (OpenAPI), made from the types that do the work.
 
 Requests are read and answers written without the framework, so it has to be told what they look like.
-The page at ``/docs`` loads its scripts from a public server; ``/openapi.json`` needs nothing.
+The page at ``/docs`` (``static/docs.js``) is made of ``/openapi.json`` in the browser.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from foveate.api.incidents import note
 from foveate.errors import FoveateError, InvalidRequest, Overloaded, Unauthorized, Unavailable
 from foveate.telemetry import request_id
 
@@ -121,8 +122,9 @@ def field_path(location: tuple[int | str, ...]) -> str:
 
 
 async def handle_foveate_error(request: Request, error: Exception) -> Response:
-    """Answer an error that was raised on purpose."""
+    """Answer an error that was raised on purpose, and note it for the operator."""
     assert isinstance(error, FoveateError)
+    note(request.scope, error)
     if error.status >= 500:
         logger.warning("%s: %s", type(error).__name__, error.message)
     return error_response(error)

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foveate.api.errors import error_response, internal_error, json_response, refusal
+from foveate.api.incidents import Incidents, note
 from foveate.config import HttpSettings
 from foveate.errors import Unauthorized
 from foveate.telemetry import Metrics, request_id
@@ -24,7 +25,9 @@ from foveate.telemetry import Metrics, request_id
 logger = logging.getLogger(__name__)
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_GUARDED = ("/v1/", "/metrics")
+_GUARDED = ("/v1/", "/metrics", "/status")
+_ROUTINE = ("/metrics", "/status", "/static/{name}")
+"""Asked for every few seconds: their successes would be most of the log."""
 _PREFLIGHT_SECONDS = 600
 
 
@@ -57,6 +60,7 @@ class RequestScope:
             await self.app(scope, receive, send_with_id)
         except Exception:  # a bug in one request is no reason to leave its client without an answer
             logger.exception("internal error")
+            note(scope, None)
             if not status:
                 await json_response(internal_error(), 500)(scope, receive, send_with_id)
         finally:
@@ -64,15 +68,17 @@ class RequestScope:
             self.metrics.requests.labels(route, str(status)).inc()
             seconds = time.perf_counter() - started
             # Quoted, because a path may hold anything, line breaks too.
-            logger.info("%s %r %d %.3f s", scope["method"], scope["path"], status, seconds)
+            level = logging.DEBUG if status == 200 and route in _ROUTINE else logging.INFO
+            logger.log(level, "%s %r %d %.3f s", scope["method"], scope["path"], status, seconds)
             request_id.reset(token)
 
 
 class AccessControl:
     """Keeps out who has no key, and web pages that try to reach a local server through a browser."""
 
-    def __init__(self, app: ASGIApp, settings: HttpSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: HttpSettings, incidents: Incidents) -> None:
         self.app = app
+        self._incidents = incidents
         self._keys = [key.encode() for key in settings.api_key]
         self._host = settings.host.lower()
         # A name that an attacker points at 127.0.0.1 arrives as that name. With a key that gains nothing,
@@ -91,9 +97,11 @@ class AccessControl:
                 f"The host {host[:100]!r} is not served here: without an API key, a server answers to "
                 "localhost and its own address only, so that no web page can reach it under another name."
             )
+            self._incidents.count("host_not_allowed")
             await refusal(403, message, "host_not_allowed")(scope, receive, send)
         elif self._keys and scope["path"].startswith(_GUARDED) and not self._has_key(headers):
             error = Unauthorized("This server needs its API key, as the header 'Authorization: Bearer KEY'.")
+            self._incidents.count(error.code or error.type)
             await error_response(error)(scope, receive, send)
         else:
             await self.app(scope, receive, send)

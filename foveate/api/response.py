@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from foveate.api.errors import ErrorBody, HungUp, error_body, internal_error
+from foveate.api.incidents import note
 from foveate.errors import FoveateError
 
 logger = logging.getLogger(__name__)
@@ -67,13 +68,13 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as they come."""
         try:
-            await unless_hung_up(receive, self._send(send))
+            await unless_hung_up(receive, self._send(scope, send))
         except HungUp:
             if not self._started:
                 raise
             logger.info("the client hung up")
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         async def send_body(data: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
@@ -87,9 +88,11 @@ class EventStream(Response):
                     await send_body(data)
             except FoveateError as error:
                 logger.warning("the stream ended early: %s: %s", type(error).__name__, error.message)
+                note(scope, error)
                 await send_body(_error_event(error_body(error)))
             except Exception:
                 logger.exception("the stream ended early")
+                note(scope, None)
                 await send_body(_error_event(internal_error()))
             await send_body(b"", more=False)
 

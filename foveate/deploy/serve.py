@@ -36,6 +36,7 @@ from foveate.deploy.welcome import curl_line, ready_line
 from foveate.telemetry import configure_logging
 
 if TYPE_CHECKING:
+    from foveate.api.incidents import Incidents
     from foveate.engine.client import EngineClient
     from foveate.vision.client import VisionClient
 
@@ -149,6 +150,7 @@ class Service:
         )
         assets = ModelAssets.from_folder(model.folder)
         app = create_app(settings, assets, model.name, self.engine, self.vision)
+        self.incidents: Incidents = app.state.incidents
         self.server = Server(
             uvicorn.Config(
                 app,
@@ -272,11 +274,13 @@ class Service:
 
     def _on_death(self, reason: str) -> None:
         self.engine.disconnected(reason)
+        self.incidents.died("engine", reason)
         if self.encoder is None:
             self.vision.own_lost(reason, returning=True)
         self._died.set()
 
     def _on_blindness(self, reason: str) -> None:
+        self.incidents.died("vision", reason)
         self.vision.own_lost(reason, returning=True)
 
     async def _announce(self) -> None:

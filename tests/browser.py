@@ -1,0 +1,58 @@
+"""A headless Chromium for the tests of pages: Debian's, driven by Playwright."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium")
+
+
+@dataclass
+class Watched:
+    """A page, and what it did that a user would not see.
+
+    Attributes:
+        page: Playwright's.
+        requests: every address that it asked for.
+        complaints: what it wrote on the console as a warning or an error, and exceptions that nobody caught.
+    """
+
+    page: Any
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def browser_page(**options: Any) -> Iterator[Watched]:
+    """Open an empty page in a browser of its own; skip the test where there is none.
+
+    Playwright keeps an event loop running in this thread meanwhile, so that no ``async`` test can run.
+
+    Args:
+        options: of the browser's context, such as ``viewport`` and ``color_scheme``.
+    """
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(**options).new_page()
+        watched = Watched(page)
+        page.on("request", lambda request: watched.requests.append(request.url))
+        page.on("pageerror", lambda error: watched.complaints.append(str(error)))
+
+        def hear(said: Any) -> None:
+            if said.type in ("error", "warning"):
+                watched.complaints.append(said.text)
+
+        page.on("console", hear)
+        try:
+            yield watched
+        finally:
+            browser.close()
