@@ -14,7 +14,7 @@ from foveate.client.conversation import Conversation, Question
 from foveate.client.options import Asking, Switch, Where, refuse_unknown_flags
 from foveate.client.pictures import STDIN, media_type, picture
 from foveate.client.server import Server
-from foveate.client.terminal import Screen, prepare_output, until_nobody_reads
+from foveate.client.terminal import Output, Screen
 from foveate.errors import ConfigError
 
 DEFAULT_WHERE = Where()
@@ -41,11 +41,10 @@ def command(
         json_: Write one JSON object with the answer, its usage and, from a Foveate server, its timings.
     """
     refuse_unknown_flags([question, *pictures])
-    prepare_output()
     text = _question(question, pictures)
     asked = Question(text, tuple(picture(name) for name in pictures))
     messages = Conversation(asking.system).messages(asking.picture_part, asked)
-    with until_nobody_reads(), Server(where) as server:
+    with Output(), Server(where) as server:
         own_model = server.foveate_model()
         body = asking.body(
             asking.model or own_model or server.first_model(),

@@ -15,7 +15,7 @@ from foveate.client.conversation import Conversation, Question
 from foveate.client.options import Asking, Where, refuse_unknown_flags
 from foveate.client.pictures import STDIN, picture
 from foveate.client.server import Server
-from foveate.client.terminal import Screen, prepare_output, until_nobody_reads
+from foveate.client.terminal import Output, Screen
 from foveate.errors import ConfigError, FoveateError
 
 EXIT_INTERRUPTED = 130
@@ -50,17 +50,15 @@ def command(
     refuse_unknown_flags(pictures)
     if STDIN in pictures:
         raise ConfigError("-: standard input holds the questions; name the picture's file")
-    prepare_output()
     conversation = Conversation(asking.system, pending=[picture(name) for name in pictures])
     # Unlike Ctrl-C, it ends everything, also while an answer comes.
     signal.signal(signal.SIGTERM, _terminate)
-    code = 0
-    with until_nobody_reads(), Server(where) as server:
+    with Output(), Server(where) as server:
         own_model = server.foveate_model()
         model = asking.model or own_model or server.first_model()
         chat = Chat(server, conversation, asking, model, tell_times=own_model is not None and asking.timings)
-        code = chat.run()
-    return code
+        return chat.run()
+    return 0
 
 
 def _terminate(_number: int, _frame: object) -> NoReturn:

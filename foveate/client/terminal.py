@@ -14,7 +14,7 @@ from rich.table import Table
 
 from foveate.client.stream import Answer, harmless
 
-_STAGES: Mapping[str, str] = {
+STAGE_NAMES: Mapping[str, str] = {
     "fetch": "pictures fetched",
     "picture_decode": "pictures decoded",
     "slice": "pictures cut into slices",
@@ -24,26 +24,34 @@ _STAGES: Mapping[str, str] = {
     "wait": "waited for the engine",
     "read": "embeddings read",
     "prefill": "prompt computed",
+    "decode": "answer generated",
 }
-_NO_STAGES = ("decode", "total")
+_AFTER_FIRST_TOKEN = ("decode", "total")
 
 
-def prepare_output() -> None:
-    """See to it that an encoding without some character does not end the program."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+class Output:
+    """A context for writing to standard output.
 
+    A character that its encoding lacks becomes a question mark. When its reader has gone, as ``head`` goes, the
+    context ends quietly.
+    """
 
-@contextlib.contextmanager
-def until_nobody_reads() -> Iterator[None]:
-    """End the block quietly when the reader of standard output has gone, as ``head`` does."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
+    def __enter__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if error is None:
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError as broken:
+                error = broken
+        if not isinstance(error, BrokenPipeError):
+            return False
         # The interpreter flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 class Screen:
@@ -100,8 +108,8 @@ def timings_table(answer: Answer) -> Table:
     if answer.first_token_seconds is not None:
         table.add_row("time to first token", _milliseconds(answer.first_token_seconds))
     for stage, seconds in timings.items():
-        if stage not in _NO_STAGES:
-            table.add_row(f"  {_STAGES.get(stage, harmless(stage))}", _milliseconds(seconds))
+        if stage not in _AFTER_FIRST_TOKEN:
+            table.add_row(f"  {STAGE_NAMES.get(stage, harmless(stage))}", _milliseconds(seconds))
     if answer.tokens_per_second is not None:
         table.add_row("after that", f"{answer.tokens_per_second:.1f} tokens/s")
     table.add_row("in all", _milliseconds(answer.seconds))
