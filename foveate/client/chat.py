@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -118,6 +119,9 @@ class Chat:
 
     def _lines(self) -> Iterator[str]:
         """Yield what is typed, without empty lines."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # In the C locale, what is no text would be taken for some.
+            sys.stdin.reconfigure(errors="strict")
         if self._is_interactive:
             # Gives input() its editing and its history.
             import readline  # noqa: F401

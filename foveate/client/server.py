@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -44,7 +45,7 @@ class Server:
         self._key_hint = ""
         headers = self._authorization(where, host)
         # A proxy for the world outside does not know this machine's own servers.
-        mounts: Mapping[str, None] | None = {"all://": None} if _is_loopback(host) else None
+        mounts: Mapping[str, None] | None = {f"all://{urlsplit(self.url).netloc}": None} if _is_loopback(host) else None
         timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
         self._client = httpx.Client(headers=headers, timeout=timeout, mounts=mounts)
 
@@ -105,10 +106,16 @@ class Server:
         Raises:
             Nobody: nothing answers, or the connection breaks.
             FoveateError: the server refuses, in its words.
+            ConfigError: what is asked is no text.
         """
+        try:
+            content = json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError("the question is not UTF-8 text") from error
         started = time.perf_counter()
         url = f"{self._api}/chat/completions"
-        with self._connection(), self._client.stream("POST", url, json=dict(body)) as response:
+        headers = {"Content-Type": "application/json"}
+        with self._connection(), self._client.stream("POST", url, content=content, headers=headers) as response:
             if not response.is_success:
                 response.read()
             self._check(response)
