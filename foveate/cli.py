@@ -35,6 +35,9 @@ app = App(
 # Commands are named, not imported: the first two bring in half a second of libraries each.
 app.command("foveate.deploy.serve:command", name="serve", help="Start the server.", sort_key=1)
 app.command("foveate.deploy.look:command", name="vision", help="Start a vision service alone.", sort_key=2)
+app.command("foveate.client.ask:command", name="ask", help="Ask a server about pictures.", sort_key=5)
+app.command("foveate.client.chat:command", name="chat", help="Talk with a server about pictures.", sort_key=6)
+app.command("foveate.client.top:command", name="top", help="Watch a server.", sort_key=7)
 bench = App(name="bench", help="Measure a server under load, or a GPU's kernels.", sort_key=3)
 bench.command("foveate.bench.serve:command", name="serve", help="Measure a server under load.")
 bench.command("foveate.bench.gpu:kernels", name="kernels", help="Measure every operation of the decoder on a GPU.")
