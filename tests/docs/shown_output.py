@@ -1,4 +1,4 @@
-"""Whether a command printed what its document shows: the same, but for times, numbers of processes, ports and rounding."""
+"""Whether a command printed what its document shows: the same, but for times, process ids, ports and rounding."""
 
 from __future__ import annotations
 
