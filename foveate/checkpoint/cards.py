@@ -53,9 +53,13 @@ CARDS_TEXT = """
 ## Which flags fit which card
 
 Encoder and language model share the card; nothing else uses it. A card of 24 GB counts as 22.5 GiB, 15 of 16 parts:
-that is what cards with error correction show; others have a little more. `auto` keeps keys and values in bfloat16,
-`fp8` in 8 bits. All other settings are the defaults.
+that is what cards with error correction show; others have a little more. All settings that are not named are the
+defaults.
 
+- *weights*: what `--quantization` says.
+- *KV cache*: what `--kv-cache-dtype` says. `auto` keeps keys and values in bfloat16, `fp8` in 8 bits.
+- *more flags*: the cheapest with which it fits, and the largest `--max-batch-size` up to 32 that has room for as many
+  large pictures.
 - *KV tokens*: what keys and values hold, of all running requests together. A single request may have as many, and at
   most {longest:,}.
 - *large pictures*: requests of {picture:,} tokens that run at once: a picture of 1344×1344 or more, a question, and an
@@ -77,7 +81,7 @@ foveate serve /models/MiniCPM-V-2_6 --quantization int8 --max-batch-size 16     
 
 ## When it does not fit
 
-In the order of what it costs:
+About in the order of what it costs:
 
 1. `--vision-batch-size 4`: fewer slices in a step of the encoder. Pictures of many clients take longer.
 2. `--max-num-tokens 1024` or `512`: long prompts take more steps.
@@ -128,7 +132,7 @@ def _parts() -> Iterator[str]:
             sizes = (parts["language"], parts["vision"], sum(parts.values()))
             yield f"| {flags} | {' | '.join(binary(size) for size in sizes)} |\n"
     yield CARDS_TEXT.format(longest=_longest(Settings()), picture=PICTURE_TOKENS, long=LONG_TOKENS)
-    yield "| card | `--quantization` | `--kv-cache-dtype` | more flags | KV tokens | large pictures | long |\n"
+    yield "| card | weights | KV cache | more flags | KV tokens | large pictures | long |\n"
     yield "| --- | --- | --- | --- | --- | --- | --- |\n"
     for card in CARDS:
         for method in METHODS:

@@ -10,7 +10,14 @@ from markdown_blocks import Block, blocks_of
 from serving import ROOT
 from shell_session import DocumentError, reading
 
-DOCUMENTS = ("README.md", "README.zh.md", "docs/index.md", "docs/walkthrough.md", "docs/walkthrough.zh.md")
+DOCUMENTS = (
+    "README.md",
+    "README.zh.md",
+    "docs/index.md",
+    "docs/walkthrough.md",
+    "docs/walkthrough.zh.md",
+    "docs/quantization.md",
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
