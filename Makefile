@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help serve bench test check lint fmt proto docs-reference clean
+.PHONY: help serve bench test check lint fmt proto docs docs-reference clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -43,12 +43,18 @@ proto: .venv/.installed-dev  ## Compile vision.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=foveate/vision/vision.protoset --pyi_out=. \
 		foveate/vision/vision.proto
 
-docs-reference: .venv/.installed  ## Make docs/configuration.md from the settings, docs/metrics.md from the metrics
+docs: .venv/.installed-docs  ## Build the documentation's site in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "$(BIN)/python -m http.server --directory site 8080 shows it on http://127.0.0.1:8080"
+
+docs-reference: .venv/.installed  ## Make those pages of docs/ that are made from the code
 	$(BIN)/python -m foveate.deploy.reference > docs/configuration.md
 	$(BIN)/python -m foveate.api.metrics_reference > docs/metrics.md
+	$(BIN)/python -m foveate.api.reference > docs/api.md
+	$(BIN)/python -m foveate.checkpoint.cards > docs/real-model.md
 
 clean:  ## Remove the environment and all caches
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build site *.egg-info
 
 # The stamps are younger than pyproject.toml as long as what it asks for is installed.
 .venv/.installed: pyproject.toml | .venv/bin/python
@@ -59,6 +65,10 @@ clean:  ## Remove the environment and all caches
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) install $(INDEX) --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP) install $(INDEX) --editable '.[docs]'
 	@touch $@
 
 .venv/bin/python:

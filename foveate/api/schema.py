@@ -8,7 +8,7 @@ absent everywhere. Fields beyond OpenAI's have vLLM's names and meanings.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -25,16 +25,23 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
-def _only(*neutral: object, reason: str = "is not supported by this server") -> Callable[[Any], Any]:
-    """Make a validator for a field that we do not support: only values that ask for nothing pass."""
+@dataclass(frozen=True, slots=True)
+class Only:
+    """The validator of a field that we do not support: only ``null`` and values that ask for nothing pass."""
 
-    def check(value: Any) -> Any:
+    neutral: tuple[object, ...] = ()
+    reason: str = "is not supported by this server"
+
+    def __call__(self, value: Any) -> Any:
+        """Return a value that passes, and refuse any other."""
         # Compared with their types, because True == 1.
-        if value is None or any(type(value) is type(other) and value == other for other in neutral):
+        if value is None or any(type(value) is type(other) and value == other for other in self.neutral):
             return value
-        raise PydanticCustomError("unsupported", "{reason}", {"reason": reason})
+        raise PydanticCustomError("unsupported", "{reason}", {"reason": self.reason})
 
-    return check
+
+def _only(*neutral: object, **more: str) -> BeforeValidator:
+    return BeforeValidator(Only(neutral, **more))
 
 
 def _text_as_parts(value: Any) -> Any:
@@ -93,10 +100,10 @@ Contents = Annotated[
 ]
 """Every role parses pictures, so that one in the wrong place is refused as that."""
 
-Unsupported = Annotated[Any, BeforeValidator(_only())]
-NoTools = Annotated[Any, BeforeValidator(_only([]))]
-NoChoice = Annotated[Any, BeforeValidator(_only("none"))]
-NotStored = Annotated[Any, BeforeValidator(_only(False, reason="must not be true: this server stores nothing"))]
+Unsupported = Annotated[Any, _only()]
+NoTools = Annotated[Any, _only([])]
+NoChoice = Annotated[Any, _only("none")]
+NotStored = Annotated[Any, _only(False, reason="must not be true: this server stores nothing")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -141,62 +148,88 @@ class StreamOptions(Part):
 class ResponseFormat(Part):
     """The answer's form."""
 
-    type: Annotated[Literal["text"], BeforeValidator(_only("text"))]
+    type: Annotated[Literal["text"], _only("text")]
 
 
 class ChatCompletionRequest(Part):
     """The body of ``POST /v1/chat/completions``."""
 
-    model: str
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    model: str = Field(description="The name that the server serves it under; GET /v1/models says it.")
+    messages: list[Message] = Field(min_length=1, fail_fast=True, description="The conversation, oldest first.")
 
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of text.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="Longest answer in tokens; without one, all that fits behind the prompt."
+    )
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Answers to the same prompt.")
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1024)]] | None,
-        Field(max_length=MAX_STOPS, fail_fast=True),
+        Field(
+            max_length=MAX_STOPS,
+            fail_fast=True,
+            description=f"Up to {MAX_STOPS} texts of up to 1024 characters that end an answer and are no part of it.",
+        ),
         BeforeValidator(_one_as_list, json_schema_input_type=str | list[str] | None),
     ] = None
     temperature: float | None = Field(None, ge=0, le=2, description="0 is exactly greedy.")
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    top_p: float | None = Field(
+        None, ge=0, le=1, description="Keep the likeliest tokens that have this share of the probability."
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed draws the same answer.")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Taken off the logits of tokens that the answer has already."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="The same, once for each time that the answer has them."
+    )
     logit_bias: Annotated[
         dict[int, Annotated[float, Field(ge=-100, le=100)]] | None,
+        Field(description="Token ids, and what is added to their logits, -100 to 100."),
         BeforeValidator(_token_ids, json_schema_input_type=dict[str, float] | None),
     ] = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: bool | None = Field(None, description="Tell the log-probability of each token of the answer.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="And those of so many of the likeliest; needs logprobs."
+    )
 
-    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1 are off.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=256, fail_fast=True)
-    min_tokens: int | None = Field(None, ge=0, lt=2**31)
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
+    top_k: int | None = Field(
+        None, ge=-1, lt=2**31, description="Keep so many of the likeliest tokens; 0 and -1 are off."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Keep tokens that are at least this share as likely as the likeliest."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=0.01,
+        le=100,
+        description="Divides the positive logits of tokens that the answer has already, multiplies the negative ones.",
+    )
+    stop_token_ids: list[TokenId] | None = Field(
+        None, max_length=256, fail_fast=True, description="Tokens that end an answer, beside the model's own."
+    )
+    min_tokens: int | None = Field(None, ge=0, lt=2**31, description="No answer ends before it has so many tokens.")
+    ignore_eos: bool | None = Field(None, description="Go on behind the model's own end; for measuring.")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text, as without it.")
     timings: bool | None = Field(None, description="Say in the answer how many seconds each stage took.")
 
     user: str | None = Field(None, description="Accepted; changes nothing.")
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted; changes nothing, as nothing is stored.")
     store: NotStored = None
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(None, description="Only text.")
     tools: NoTools = None
     tool_choice: NoChoice = None
     parallel_tool_calls: bool | None = Field(None, description="Accepted; changes nothing, as there are no tools.")
     functions: NoTools = None
     function_call: NoChoice = None
-    modalities: Annotated[Any, BeforeValidator(_only(["text"]))] = None
+    modalities: Annotated[Any, _only(["text"])] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     reasoning_effort: NoChoice = None
-    verbosity: Annotated[Any, BeforeValidator(_only("medium"))] = None
-    service_tier: Annotated[Any, BeforeValidator(_only("auto", "default"))] = None
+    verbosity: Annotated[Any, _only("medium")] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")
