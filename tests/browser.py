@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = shutil.which("chromium")
+_MOST_MS = 90_000
 
 
 @dataclass
@@ -43,6 +44,8 @@ def browser_page(**options: Any) -> Iterator[Watched]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_context(**options).new_page()
+        # A server that starts again beside other tests takes its time.
+        page.set_default_timeout(_MOST_MS)
         watched = Watched(page)
         page.on("request", lambda request: watched.requests.append(request.url))
         page.on("pageerror", lambda error: watched.complaints.append(str(error)))

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from asked import ask
 from browser import Watched, browser_page
@@ -88,7 +89,7 @@ def test_the_key_is_asked_for_and_kept_in_the_tab(locked: RunningServer, watched
     assert page.is_hidden("#key-form")
 
 
-def test_it_says_that_the_server_is_gone_and_goes_on(tmp_path: Path, watched: Watched) -> None:
+def test_it_tells_of_a_dead_engine_and_of_a_server_that_is_gone_and_goes_on(tmp_path: Path, watched: Watched) -> None:
     page = watched.page
     with running_server(tmp_path) as server:
         port = urlsplit(server.url).port
@@ -97,6 +98,13 @@ def test_it_says_that_the_server_is_gone_and_goes_on(tmp_path: Path, watched: Wa
         page.goto(server.url)
         page.wait_for_selector("#times tbody tr")
         assert page.is_hidden("#banner")
+        (engine,) = [one for one in psutil.Process(server.pid).children() if "foveate.worker" in one.cmdline()]
+        engine.kill()
+        page.wait_for_selector("#errors td:has-text('engine_died')")
+        assert server.metric('foveate_restarts_total{process="engine"}') == 1
+        (died,) = httpx.get(f"{server.url}/status").json()["errors"]
+        assert (died["status"], died["request_id"]) == (0, "-")
+        page.wait_for_selector("#state[data-state=ready]")
     page.wait_for_selector("#banner:has-text('does not answer')")
     assert page.inner_text("#state") == "no answer"
     with running_server(tmp_path, port=port):

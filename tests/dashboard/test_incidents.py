@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import torch
-from asked import ask
-from serving import RunningServer, running_server
+from serving import RunningServer
 
 from foveate.api.incidents import KEPT, Incidents, trimmed
 from foveate.machine import gpus, processes
@@ -51,22 +49,6 @@ def test_many_refusals_push_out_no_failure() -> None:
 )
 def test_messages_are_kept_without_urls_and_short(message: str, kept: str) -> None:
     assert trimmed(message) == kept
-
-
-def test_a_killed_engine_is_told_of(tmp_path: Path) -> None:
-    with running_server(tmp_path) as server:
-        (engine,) = [one for one in psutil.Process(server.pid).children() if "foveate.worker" in one.cmdline()]
-        engine.kill()
-        deadline = time.monotonic() + 60
-        while server.metric('foveate_restarts_total{process="engine"}') < 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        died = [one for one in httpx.get(f"{server.url}/status").json()["errors"] if one["type"] == "engine_died"]
-        assert [(one["status"], one["request_id"]) for one in died] == [(0, "-")]
-        while httpx.get(f"{server.url}/status").json()["state"] != "ready":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert ask(server.url, "Hello").status_code == 200
 
 
 def test_probes_and_wrong_addresses_are_not_kept(busy: RunningServer) -> None:
