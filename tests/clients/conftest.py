@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from other_server import Other
 from serving import RunningServer, running_server
+
+from foveate.cli import app
+from foveate.errors import FoveateError
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +57,22 @@ def other() -> Iterator[Other]:
         yield state
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FoveateError]]:
+    """Return a function that runs a command in this process, which is quicker, and returns what ended it."""
+    for name in [name for name in os.environ if name.startswith(("FOVEATE_", "OPENAI_"))]:
+        monkeypatch.delenv(name)
+
+    def run(*args: str, stdin: str | bytes = "") -> FoveateError:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        with pytest.raises(FoveateError) as caught:
+            app(list(args), exit_on_error=False, print_error=False)
+        return caught.value
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    # The chat has one of its own.
+    signal.signal(signal.SIGTERM, handler)

@@ -18,6 +18,7 @@ from serving import RunningServer, running_server
 from typed import CTRL_C, PICTURES, environment, foveate, terminal
 
 from foveate.client.pictures import media_type
+from foveate.errors import ConfigError, FoveateError
 
 SHAPES = str(PICTURES / "shapes.png")
 COUNT = "How many shapes are there?"
@@ -113,18 +114,29 @@ def test_timings_are_beside_the_answer(demo: RunningServer) -> None:
         ([], b"\xff\xfe", "standard input: the question is not UTF-8 text"),
         ([], " \n", "the question is empty"),
         (["hi", "--detial", "low"], "", "--detial: there is no such flag. Try --help."),
-        (["hi", "--detail", "max"], "", '"max"'),
         (["hi", "--url", "ftp://x"], "", "--url: got 'ftp://x', expected an address such as http://127.0.0.1:9997"),
         (["hi", "--url", "http://a:b@c"], "", "--url: a name or password in the address is not sent"),
         (["hi", "--api-key", "ключ"], "", "--api-key: the key is empty, or has characters that no key can have"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_sent(args: list[str], stdin: str | bytes, message: str) -> None:
-    done = foveate("ask", *args, stdin=stdin, FOVEATE_URL="http://127.0.0.1:1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    refused: Callable[..., FoveateError], args: list[str], stdin: str | bytes, message: str
+) -> None:
+    url = [] if "--url" in args else ["--url", "http://127.0.0.1:1"]
+    error = refused("ask", *args, *url, stdin=stdin)
+    assert isinstance(error, ConfigError)
+    assert message in error.message
+    assert "\n" not in error.message
+
+
+def test_a_bad_flag_is_one_line_and_exit_code_2() -> None:
+    for args, message in (
+        (["--detail", "max"], '"max"'),
+        (["nope.png"], "error: nope.png: there is no such picture\n"),
+    ):
+        done = foveate("ask", "hi", *args)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert message in done.stderr
 
 
 def test_the_server_refuses_in_its_own_words(demo: RunningServer) -> None:

@@ -14,6 +14,7 @@ from typed import CTRL_C, CTRL_D, PICTURES, foveate, terminal
 
 from foveate.client.conversation import Conversation
 from foveate.client.pictures import Picture
+from foveate.errors import FoveateError
 
 SHAPES = str(PICTURES / "shapes.png")
 Eventually = Callable[[Callable[[], bool]], None]
@@ -121,10 +122,12 @@ def test_a_question_without_an_answer_can_be_asked_again(other: Other) -> None:
         ([], b"hi\n", 1, "nothing answers at http://127.0.0.1:1 (Connection refused)"),
     ],
 )
-def test_what_ends_it_at_once(args: list[str], stdin: bytes, code: int, message: str) -> None:
-    done = foveate("chat", *args, stdin=stdin, FOVEATE_URL="http://127.0.0.1:1")
-    assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.startswith(f"error: {message}")
+def test_what_ends_it_at_once(
+    refused: Callable[..., FoveateError], args: list[str], stdin: bytes, code: int, message: str
+) -> None:
+    error = refused("chat", *args, "--url", "http://127.0.0.1:1", stdin=stdin)
+    assert error.exit_status == code
+    assert error.message.startswith(message)
 
 
 def test_bytes_that_are_no_text(demo: RunningServer) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from other_server import Other
 from typed import PICTURES, foveate, terminal
+
+from foveate.errors import FoveateError
 
 SHAPES = str(PICTURES / "shapes.png")
 END = {"choices": [{"delta": {}, "finish_reason": "stop"}], "model": "gpt-x-2026"}
@@ -61,13 +64,12 @@ def test_what_a_flag_asks_for_is_sent(other: Other) -> None:
         (200, b'data: {"error": {"message": "Out of memory."}}\n\n', "Out of memory."),
     ],
 )
-def test_refusals(other: Other, status: int, body: bytes, message: str) -> None:
+def test_refusals(other: Other, refused: Callable[..., FoveateError], status: int, body: bytes, message: str) -> None:
     other.replies["/v1/chat/completions"] = (status, body)
-    done = foveate("ask", "What?", "--url", other.url)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.endswith(f"{message}\n")
-    assert done.stderr.count("\n") == 1
+    error = refused("ask", "What?", "--url", other.url)
+    assert error.exit_status == 1
+    assert error.message.endswith(message)
+    assert "\n" not in error.message
 
 
 def test_an_answer_that_breaks_off_is_shown_and_then_the_error(other: Other) -> None:
@@ -82,14 +84,12 @@ def test_a_server_without_done_is_understood(other: Other) -> None:
     assert foveate("ask", "What?", "--url", other.url).stdout == "Yes.\n"
 
 
-def test_a_server_that_names_no_model(other: Other) -> None:
+def test_a_server_that_names_no_model(other: Other, refused: Callable[..., FoveateError]) -> None:
     del other.replies["/v1/models"]
-    done = foveate("ask", "What?", "--url", other.url)
-    assert done.returncode == 1
-    assert "status 404" in done.stderr
+    assert "status 404" in refused("ask", "What?", "--url", other.url).message
     other.replies["/v1/models"] = (200, b'{"data": []}')
-    done = foveate("ask", "What?", "--url", other.url)
-    assert done.stderr == f"error: {other.url} does not say which models it has; name one with --model\n"
+    error = refused("ask", "What?", "--url", other.url)
+    assert error.message == f"{other.url} does not say which models it has; name one with --model"
 
 
 def test_the_words_of_a_model_do_not_reach_the_terminal_as_commands(other: Other) -> None:
@@ -119,10 +119,10 @@ def test_a_proxy_is_not_asked_for_this_machine(other: Other) -> None:
     assert foveate("ask", "What?", "--url", other.url, HTTP_PROXY="http://127.0.0.1:1").stdout == "Yes.\n"
 
 
-def test_top_says_what_it_needs(other: Other) -> None:
+def test_top_says_what_it_needs(other: Other, refused: Callable[..., FoveateError]) -> None:
     other.replies["/metrics"] = (200, b"# TYPE vllm:running gauge\nvllm:running 1\n")
-    done = foveate("top", "--once", "--url", other.url)
-    assert (done.returncode, done.stderr) == (1, f"error: {other.url} has no metrics of a Foveate server\n")
+    error = refused("top", "--once", "--url", other.url)
+    assert (error.exit_status, error.message) == (1, f"{other.url} has no metrics of a Foveate server")
     other.replies["/metrics"] = (200, b"<html>hello</html>")
-    done = foveate("top", "--once", "--url", other.url)
-    assert (done.returncode, done.stderr) == (1, "error: /metrics is not in Prometheus' text format\n")
+    error = refused("top", "--once", "--url", other.url)
+    assert (error.exit_status, error.message) == (1, "/metrics is not in Prometheus' text format")
