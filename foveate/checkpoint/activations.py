@@ -24,7 +24,7 @@ GRAPH_TOKENS = 1024
 """Tokens of the largest step that is a graph."""
 
 _WORKSPACE_BYTES = 64 * MIB  # cuBLAS and cuBLASLt, 32 each on Hopper, which takes the most.
-# As many as a step of usual length has on the fastest card so far, and one more for what graphs keep beside activations.
+# As many as a step of usual length has on an H100, and one more for what graphs keep beside activations.
 _GRAPH_SLICES = 7
 _ROUNDING = 1.03  # Small tensors, and what the allocator rounds up.
 _SLAB_ROWS = 4096  # Of a packed weight, unpacked at a time: foveate.kernels.triton.linear.

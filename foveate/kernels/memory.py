@@ -22,6 +22,10 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _RETRY_SECONDS = 1.0
 _IDLE_SECONDS = 2.0
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # Of malloc.h.
+_HEAPS = 2
+_LARGE_BYTES = 2**20
+
 
 class Room:
     """A bound for the tensors of one kind that live on a device at once; what goes beyond it lives on the host.
@@ -68,6 +72,18 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def use_few_heaps() -> None:
+    """Have glibc keep two heaps for all threads, and give large blocks back at once; call it before threads start.
+
+    Left alone it has a heap for each thread, and after a large block was freed it takes the next from a heap, in which
+    whatever is small then stands in the way: an encoder on a CPU grew from 0.4 to 1.2 GiB over 5,000 pictures.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_M_ARENA_MAX, _HEAPS)
+        option(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def wait_idly(items: queue.SimpleQueue[T]) -> T:

@@ -24,6 +24,7 @@ from foveate.checkpoint.plan import check_encoder, first_look
 from foveate.config import Settings
 from foveate.errors import ConfigError, FoveateError
 from foveate.kernels import ops
+from foveate.kernels.memory import use_few_heaps
 from foveate.telemetry import configure_logging
 from foveate.transport.handle import Publisher
 from foveate.transport.identity import device_id
@@ -55,6 +56,7 @@ def serve(
         CheckpointError: the checkpoint cannot be served.
         Unavailable: the device failed.
     """
+    use_few_heaps()
     check_listen(listen, settings.vision)
     device = pick_device(settings.vision.vision_device or settings.model.device)
     if device.type == "cpu":
