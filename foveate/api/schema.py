@@ -179,7 +179,7 @@ class ChatCompletionRequest(Part):
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    timings: bool | None = Field(None, description="Say in the answer how many seconds each stage took.")
+    timings: bool | None = Field(None, description="Say in the answer what each stage took, and how pictures were cut.")
 
     user: str | None = Field(None, description="Accepted; changes nothing.")
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
