@@ -35,6 +35,7 @@ app = App(
 # Commands are named, not imported: the first two bring in half a second of libraries each.
 app.command("foveate.deploy.serve:command", name="serve", help="Start the server.", sort_key=1)
 app.command("foveate.deploy.look:command", name="vision", help="Start a vision service alone.", sort_key=2)
+app.command("foveate.ui.command:command", name="ui", help="Open a web chat for a server.", sort_key=2)
 bench = App(name="bench", help="Measure a server under load, or a GPU's kernels.", sort_key=3)
 bench.command("foveate.bench.serve:command", name="serve", help="Measure a server under load.")
 bench.command("foveate.bench.gpu:kernels", name="kernels", help="Measure every operation of the decoder on a GPU.")

@@ -43,7 +43,8 @@ class Answering:
     ) -> AsyncGenerator[bool, None]:
         """Have the last turn answered; yields whenever there is more of it: False, and True in the end.
 
-        What the server refuses becomes the turn's error. Closing this early, or :meth:`stop`, closes the connection, so that the server aborts.
+        What the server refuses becomes the turn's error. Closing this early, or :meth:`stop`, closes the connection, so
+        that the server aborts.
 
         Args:
             visitor: names whose it is.

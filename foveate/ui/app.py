@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 
 from starlette.types import ASGIApp
-
-from foveate.errors import ConfigError
 
 # As the server bounds them by default.
 MAX_PICTURE_BYTES = 32 * 2**20
@@ -32,18 +32,6 @@ class Access:
     password: str | None = None
     check_host: bool = True
     max_picture_bytes: int = MAX_PICTURE_BYTES
-
-
-def require_gradio() -> None:
-    """See that Gradio is there, without importing it.
-
-    Raises:
-        ConfigError: it is not; the message says how to install it.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("The web chat needs Gradio: pip install 'foveate[ui]'")
 
 
 @contextlib.contextmanager
@@ -112,7 +100,28 @@ def create_app(url: str, uploads: Path, access: Access, *, key: str | None, cert
     return Guard(app, uploads, check_host=access.check_host)
 
 
-def _same(given: str, password: str) -> bool:
-    import hmac
+def serve(app: ASGIApp, listener: socket, announce: Callable[[], None] = lambda: None) -> None:
+    """Serve on a listening socket until Ctrl-C or SIGTERM.
 
+    Args:
+        app: what to serve.
+        listener: the socket.
+        announce: is called when visitors are answered.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket] | None = None) -> None:
+            await super().startup(sockets)
+            announce()
+
+    # Open pages hold a connection each, which nothing ends by itself.
+    config = uvicorn.Config(
+        app, ws="none", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        Server(config).run([listener])
+
+
+def _same(given: str, password: str) -> bool:
     return hmac.compare_digest(given.encode(), password.encode())

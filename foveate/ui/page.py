@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ Words = Mapping[str, str]
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Noto Sans CJK SC", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 _SWITCH_THEME = "() => { document.body.classList.toggle('dark'); }"
-_ATTACHED = "(message) => ((message && message.files) || []).map(file => [file.path, file.orig_name || ''])"
+_ATTACHED = "(message) => [((message && message.files) || []).map(file => [file.path, file.orig_name || ''])]"
 _SHOW = "(on) => ({__type__: 'update', visible: on})"
 _QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -99,7 +100,8 @@ class Page:
         )
         self._labelled(self.chat, lambda text: {"placeholder": _welcome(text)})
         render = gr.render([self.attached, self.language, self.options], triggers=[self.attached.change])
-        render(self._picture_options)
+        with gr.Column(elem_id="fv-options"):
+            render(self._picture_options)
         self.camera = gr.Image(
             sources=["webcam"],
             type="filepath",
@@ -164,18 +166,16 @@ class Page:
         """Offer, for each picture in the box, how closely to look at it."""
         text = words(language)
         is_foveate = self._handlers.server.known_as_foveate
-        most = [(text["slices_auto"], 0), *((str(number), number) for number in range(1, 10))]
+        details = [(f"{text['detail']}: {name}", name) for name in ("auto", "low", "high")]
+        most = [(f"{text['slices']}: {number or text['slices_auto']}", number) for number in range(10)]
         for number, (path, name) in enumerate(attached or [], 1):
             detail, slices = options.get(path, ("auto", 0))
             with gr.Row(elem_classes="fv-option"):
-                look = gr.Dropdown(
-                    ["auto", "low", "high"],
-                    value=detail,
-                    label=f"{number} · {name[:40]} · {text['detail']}",
-                    elem_classes="fv-detail",
-                )
+                gr.HTML(f'<div class="fv-name">{number} · {escape(name)}</div>', padding=False)
+                chosen: dict[str, Any] = {"container": False, "scale": 0, "filterable": False, "min_width": 80}
+                look = gr.Dropdown(details, value=detail, elem_classes=["fv-choice", "fv-detail"], **chosen)
                 cut = gr.Dropdown(
-                    most, value=slices, label=text["slices"], visible=is_foveate, elem_classes="fv-slices-most"
+                    most, value=slices, visible=is_foveate, elem_classes=["fv-choice", "fv-most-slices"], **chosen
                 )
 
             def choose(detail: str, slices: int, options: Options, path: str = path) -> Options:
@@ -237,7 +237,7 @@ def _welcome(text: Words) -> str:
     return f"## {text['welcome']}\n{text['hint']}"
 
 
-def _examples(language: str) -> list[dict[str, Any]]:
+def _examples(language: str) -> list[gr.components.chatbot.ExampleMessage]:
     return [
         {"text": one.question(language), "display_text": one.question(language), "icon": str(one.pictures[0])}
         for one in SAMPLES

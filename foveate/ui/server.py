@@ -55,9 +55,7 @@ class Server:
             ServerError: it is not there, or refuses.
         """
         try:
-            answer = await self._client.get(
-                f"{self.url}/v1/models", headers=self._headers(key), timeout=_LOOK_SECONDS
-            )
+            answer = await self._client.get(f"{self.url}/v1/models", headers=self._headers(key), timeout=_LOOK_SECONDS)
             if answer.status_code != 200:
                 raise _refused(answer.status_code, answer.content)
             return [str(model["id"]) for model in answer.json()["data"]]

@@ -31,7 +31,7 @@ def _question(turn: Turn) -> list[Any]:
 def _answer(turns: Sequence[Turn], words: Mapping[str, str]) -> list[Any]:
     """Show the last turn's answer; nothing while there is none."""
     turn = turns[-1]
-    content = [_text(turn.answer)] if turn.answer else []
+    content: list[Any] = [_text(turn.answer)] if turn.answer else []
     if turn.error:
         content.append(_html(error_box(turn.error, words)))
     note = words["stopped"] if turn.stopped else ""
