@@ -67,7 +67,7 @@ class Answering:
                     length = len(turn.answer)
                     yield False
                 await asyncio.wait((work, stopping), timeout=REFRESH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            turn.stopped = not work.done()
+            turn.ended, turn.stopped = True, not work.done()
         finally:
             for task in (work, stopping):
                 task.cancel()

@@ -44,7 +44,8 @@ class Turn:
         question: the user's words.
         pictures: what goes with them.
         answer: the model's words so far.
-        facts: what is known of the answer, once it has ended.
+        facts: what is known of the answer so far.
+        ended: whether there comes no more of it.
         error: why there is no answer, or no more of it.
         stopped: whether the user had enough.
         thumbnails: the pictures, small, as data: URLs; empty for one that cannot be read.
@@ -54,6 +55,7 @@ class Turn:
     pictures: list[Picture] = field(default_factory=list)
     answer: str = ""
     facts: Facts | None = None
+    ended: bool = False
     error: str = ""
     stopped: bool = False
     thumbnails: list[str] = field(default_factory=list)
@@ -131,8 +133,8 @@ def _part(picture: Picture, is_foveate: bool) -> dict[str, Any]:
 
 
 def _mime(data: bytes) -> str:
-    """Say what a file is, by its first bytes; the server says what is wrong with one that is nothing."""
+    """Say what a file is, by its first bytes. What is nothing goes as a picture too: the server says what is wrong."""
     try:
         return _MIME.get(Image.open(io.BytesIO(data), formats=FORMATS).format or "", "image/jpeg")
     except Exception:  # noqa: BLE001 (a parser of hostile data may raise anything)
-        return "application/octet-stream"
+        return "image/jpeg"

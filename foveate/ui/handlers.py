@@ -15,7 +15,7 @@ from foveate.ui.answering import Answering
 from foveate.ui.conversation import Picture, Sampling, Turn
 from foveate.ui.samples import SAMPLES
 from foveate.ui.server import Server, ServerError
-from foveate.ui.view import shown
+from foveate.ui.view import shown, turn_at
 from foveate.ui.words import words
 
 Turns = list[Turn]
@@ -24,6 +24,9 @@ Options = dict[str, tuple[str, int]]
 Update = tuple[Any, Any, Any]
 """For the chat, the box and the turns."""
 _MAX_MESSAGE_PICTURES = 64
+NOTHING: Update = (gr.skip(), gr.skip(), gr.skip())
+"""Changes nothing. An event that yields nothing would empty its outputs."""
+EMPTY: Any = {"text": "", "files": []}
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,10 @@ class Handlers:
         question, files = str(message.get("text") or "").strip(), list(message.get("files") or ())
         if not question and not files:
             gr.Info(text["empty"])
+            yield NOTHING
         elif (pictures := self._pictures(files, options)) is None:
             gr.Warning(text["foreign"])
+            yield NOTHING
         else:
             async for update in self._answered(request, [*turns, Turn(question, pictures)], choices, empties=True):
                 yield update
@@ -97,22 +102,27 @@ class Handlers:
         self, request: gr.Request, event: gr.RetryData, turns: Turns, *values: Any
     ) -> AsyncGenerator[Update, None]:
         """Ask the question of the clicked answer again."""
-        if turns:
-            *earlier, last = turns[: _turn_of(event.index, turns) + 1]
-            again = Turn(last.question, last.pictures, thumbnails=last.thumbnails)
-            async for update in self._answered(request, [*earlier, again], Choices(*values)):
-                yield update
+        if not turns:
+            yield NOTHING
+            return
+        *earlier, last = turns[: turn_at(event.index, turns, words(values[0])) + 1]
+        again = Turn(last.question, last.pictures, thumbnails=last.thumbnails)
+        async for update in self._answered(request, [*earlier, again], Choices(*values)):
+            yield update
 
     async def ask_edited(
         self, request: gr.Request, event: gr.EditData, turns: Turns, *values: Any
     ) -> AsyncGenerator[Update, None]:
         """Ask an edited question instead of the earlier one; what followed is forgotten."""
-        if turns:
-            *earlier, last = turns[: _turn_of(event.index, turns) + 1]
-            question = str(event.value).replace("<\u2060", "<").strip()
-            edited = Turn(question, last.pictures, thumbnails=last.thumbnails)
-            async for update in self._answered(request, [*earlier, edited], Choices(*values)):
-                yield update
+        if not turns:
+            yield NOTHING
+            return
+        *earlier, last = turns[: turn_at(event.index, turns, words(values[0])) + 1]
+        # What was shown has these marks; see foveate.ui.markup.harmless.
+        question = str(event.value).replace("<\u2060", "<").strip()
+        edited = Turn(question, last.pictures, thumbnails=last.thumbnails)
+        async for update in self._answered(request, [*earlier, edited], Choices(*values)):
+            yield update
 
     def stop(self, request: gr.Request) -> None:
         """End the answer that is under way."""
@@ -125,7 +135,7 @@ class Handlers:
     def clear(self, request: gr.Request) -> Update:
         """Begin anew."""
         self._answering.stop(_visitor(request), drop=True)
-        return [], gr.MultimodalTextbox(value=None, submit_btn=True, stop_btn=False), []
+        return [], gr.update(value=EMPTY, submit_btn=True, stop_btn=False), []
 
     async def models(self, key: str | None, model: str | None) -> tuple[Any, Any]:
         """Fill the list of models; without it, say why and open the settings."""
@@ -134,9 +144,9 @@ class Handlers:
             await self.server.is_foveate()
         except ServerError as error:
             gr.Warning(_plain(error.message))
-            return gr.skip(), gr.Sidebar(open=True)
+            return gr.skip(), gr.update(open=True)
         chosen = model if model in names else next(iter(names), None)
-        return gr.Dropdown(names, value=chosen), gr.skip()
+        return gr.update(choices=names, value=chosen), gr.skip()
 
     async def _answered(
         self, request: gr.Request, turns: Turns, choices: Choices, *, empties: bool = False
@@ -144,14 +154,14 @@ class Handlers:
         visitor, text = _visitor(request), words(choices.language)
         if self._answering.is_busy(visitor):
             gr.Info(text["busy"])
-            yield gr.skip(), gr.skip(), gr.skip()
+            yield NOTHING
             return
-        box: dict[str, Any] = {"submit_btn": False, "stop_btn": True, **({"value": None} if empties else {})}
+        box: dict[str, Any] = {"submit_btn": False, "stop_btn": True, **({"value": EMPTY} if empties else {})}
         answering = self._answering.answer(
             visitor,
             turns,
             key=choices.key or "",
-            model=choices.model or "",
+            model=choices.model or await self._any_model(choices.key),
             system=choices.system or "",
             sampling=choices.sampling,
         )
@@ -160,9 +170,16 @@ class Handlers:
             async for done in progress:
                 if done:
                     box = {"submit_btn": True, "stop_btn": False}
-                changed = gr.MultimodalTextbox(**box) if first or done else gr.skip()
+                changed = gr.update(**box) if first or done else gr.skip()
                 yield shown(turns, text), changed, turns if first else gr.skip()
                 first = False
+
+    async def _any_model(self, key: str | None) -> str:
+        """Name a model for a visitor who asks before the list is there; empty if that fails, as the question will."""
+        try:
+            return next(iter(await self.server.models(key or "")), "")
+        except ServerError:
+            return ""
 
     def _pictures(self, files: list[Any], options: Options) -> list[Picture] | None:
         """Take what was uploaded; None if one was not uploaded here."""
@@ -178,12 +195,6 @@ class Handlers:
 
 def _visitor(request: gr.Request) -> str:
     return str(request.session_hash)
-
-
-def _turn_of(index: Any, turns: Turns) -> int:
-    """Find the turn of a message: two a turn."""
-    message = index[0] if isinstance(index, list | tuple) else index
-    return min(max(int(message) // 2, 0), len(turns) - 1)
 
 
 def _plain(text: str) -> str:

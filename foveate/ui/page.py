@@ -96,9 +96,9 @@ class Page:
             buttons=["copy"],
             allow_tags=False,
             feedback_options=None,
+            group_consecutive_messages=False,
             elem_id="fv-chat",
         )
-        self._labelled(self.chat, lambda text: {"placeholder": _welcome(text)})
         render = gr.render([self.attached, self.language, self.options], triggers=[self.attached.change])
         with gr.Column(elem_id="fv-options"):
             render(self._picture_options)
@@ -172,7 +172,7 @@ class Page:
             detail, slices = options.get(path, ("auto", 0))
             with gr.Row(elem_classes="fv-option"):
                 gr.HTML(f'<div class="fv-name">{number} · {escape(name)}</div>', padding=False)
-                chosen: dict[str, Any] = {"container": False, "scale": 0, "filterable": False, "min_width": 80}
+                chosen: dict[str, Any] = {"container": False, "scale": 0, "filterable": False, "interactive": True}
                 look = gr.Dropdown(details, value=detail, elem_classes=["fv-choice", "fv-detail"], **chosen)
                 cut = gr.Dropdown(
                     most, value=slices, visible=is_foveate, elem_classes=["fv-choice", "fv-most-slices"], **chosen
@@ -212,25 +212,31 @@ class Page:
     def _connect_camera(self) -> None:
         is_on = gr.State(False)
         self.use_camera.click(
-            lambda on: (not on, gr.Image(visible=not on)), is_on, [is_on, self.camera], queue=False, **_QUIET
+            lambda on: (not on, gr.update(visible=not on)), is_on, [is_on, self.camera], queue=False, **_QUIET
         )
 
         def keep(taken: str | None, message: dict[str, Any]) -> tuple[Any, ...]:
             if taken is None:
-                return (gr.skip(),) * 3
+                return (gr.skip(),) * 4
             files = [*(message.get("files") or ()), taken]
-            return {"text": message.get("text") or "", "files": files}, gr.Image(value=None, visible=False), False
+            box = {"text": message.get("text") or "", "files": files}
+            attached = [[file, Path(file).name] for file in files]
+            return box, attached, gr.update(value=None, visible=False), False
 
-        self.camera.input(keep, [self.camera, self.box], [self.box, self.camera, is_on], **_QUIET)
+        outputs = [self.box, self.attached, self.camera, is_on]
+        self.camera.input(keep, [self.camera, self.box], outputs, **_QUIET)
 
     def _relabel(self, language: str, turns: Turns) -> list[Any]:
         text = words(language)
         updates: list[Any] = [gr.update(**of(text)) for _, of in self._labels]
-        return [*updates, gr.update(value=shown(turns, text), examples=_examples(language))]
+        chat = gr.update(value=shown(turns, text), placeholder=_welcome(text), examples=_examples(language))
+        return [*updates, chat]
 
 
-def _first_language(request: gr.Request, stored: str) -> str:
-    return stored or language_of(request.headers.get("accept-language", ""))
+def _first_language(request: gr.Request, stored: str) -> Any:
+    """Choose what was chosen before, or the browser's. The page is in English already, or was switched meanwhile."""
+    language = stored or language_of(request.headers.get("accept-language", ""))
+    return gr.skip() if language == "en" else language
 
 
 def _welcome(text: Words) -> str:

@@ -1,4 +1,4 @@
-"""A conversation as Gradio's chat shows it: two messages a turn, the question and the answer."""
+"""A conversation as Gradio's chat shows it: messages of pictures, of words, and of answers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,30 @@ Message = dict[str, Any]
 
 
 def shown(turns: Sequence[Turn], words: Mapping[str, str]) -> list[Message]:
-    """Return the messages of a conversation; those of turn ``i`` are ``2 i`` and ``2 i + 1``."""
-    messages: list[Message] = []
-    for number, turn in enumerate(turns):
-        messages.append({"role": "user", "content": _question(turn)})
-        if answer := _answer(turns[: number + 1], words):
-            messages.append({"role": "assistant", "content": answer})
-    return messages
+    """Return the messages of a conversation."""
+    return [message for number in range(len(turns)) for message in _messages(turns[: number + 1], words)]
 
 
-def _question(turn: Turn) -> list[Any]:
-    pictures = [_html(thumbnails(turn.thumbnails, [one.name for one in turn.pictures]))] if turn.pictures else []
-    return [*pictures, *([_text(turn.question)] if turn.question else [])]
+def turn_at(index: Any, turns: Sequence[Turn], words: Mapping[str, str]) -> int:
+    """Find the turn of a message by the index that Gradio's events give it; the last one for an index too high."""
+    left = int(index[0] if isinstance(index, list | tuple) else index)
+    for number in range(len(turns)):
+        left -= len(_messages(turns[: number + 1], words))
+        if left < 0:
+            return number
+    return len(turns) - 1
+
+
+def _messages(turns: Sequence[Turn], words: Mapping[str, str]) -> list[Message]:
+    """Return those of the last turn. Gradio can edit words only if nothing else is in their message."""
+    turn = turns[-1]
+    pictures = thumbnails(turn.thumbnails, [one.name for one in turn.pictures]) if turn.pictures else ""
+    parts: list[tuple[str, list[Any]]] = [
+        ("user", [_html(pictures)] if pictures else []),
+        ("user", [_text(turn.question)] if turn.question else []),
+        ("assistant", _answer(turns, words)),
+    ]
+    return [{"role": role, "content": content} for role, content in parts if content]
 
 
 def _answer(turns: Sequence[Turn], words: Mapping[str, str]) -> list[Any]:
@@ -35,7 +47,7 @@ def _answer(turns: Sequence[Turn], words: Mapping[str, str]) -> list[Any]:
     if turn.error:
         content.append(_html(error_box(turn.error, words)))
     note = words["stopped"] if turn.stopped else ""
-    if turn.facts is not None:
+    if turn.facts is not None and turn.ended:
         if turn.facts.finish_reason == "length":
             note = words["cut"]
         pictures = [
