@@ -38,6 +38,7 @@ app.command("foveate.deploy.look:command", name="vision", help="Start a vision s
 app.command("foveate.client.ask:command", name="ask", help="Ask a server about pictures.", sort_key=5)
 app.command("foveate.client.chat:command", name="chat", help="Talk with a server about pictures.", sort_key=6)
 app.command("foveate.client.top:command", name="top", help="Watch a server.", sort_key=7)
+app.command("foveate.ui.command:command", name="ui", help="Open a web chat for a server.", sort_key=8)
 bench = App(name="bench", help="Measure a server under load, or a GPU's kernels.", sort_key=3)
 bench.command("foveate.bench.serve:command", name="serve", help="Measure a server under load.")
 bench.command("foveate.bench.gpu:kernels", name="kernels", help="Measure every operation of the decoder on a GPU.")

@@ -236,6 +236,8 @@ class HttpSettings(Section):
     """The server's certificate with those that it depends on (PEM file): HTTPS instead of HTTP."""
     tls_key: OptionalPath = None
     """The certificate's private key (PEM file, not encrypted)."""
+    ui: bool = False
+    """Serve a web chat at /ui too, from a process of its own. It needs pip install 'foveate[ui]'."""
     max_body_bytes: PositiveInt = 64 * 2**20
     """Largest request body."""
     shutdown_seconds: Annotated[float, Field(ge=0)] = 10.0

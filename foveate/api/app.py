@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from foveate.api.errors import (
     handle_http_error,
     json_response,
 )
+from foveate.api.forward import Forwarder
 from foveate.api.identity import fingerprint
 from foveate.api.incidents import Incidents
 from foveate.api.middleware import AccessControl, RequestScope, cors_options
@@ -47,7 +49,12 @@ _STATS_SECONDS = 2.0
 
 
 def create_app(
-    settings: Settings, assets: ModelAssets, model_name: str, engine: EngineClient, vision: VisionClient
+    settings: Settings,
+    assets: ModelAssets,
+    model_name: str,
+    engine: EngineClient,
+    vision: VisionClient,
+    ui_socket: Path | None = None,
 ) -> FastAPI:
     """Make the application. It runs on the event loop on which the caller starts and closes the two clients.
 
@@ -57,10 +64,12 @@ def create_app(
         model_name: the name that requests use.
         engine: where tokens come from.
         vision: where pictures are encoded.
+        ui_socket: where the web chat listens, if there is one.
     """
     metrics = Metrics()
     metrics.info.info({"version": version(), "model": model_name})
     fetcher = MediaFetcher(settings.media)
+    chat_page = None if ui_socket is None else Forwarder(ui_socket, settings.http.max_body_bytes)
     service = ChatService(
         assets,
         model_name,
@@ -76,6 +85,8 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await fetcher.close()
+        if chat_page is not None:
+            await chat_page.close()
 
     app = docs.DocumentedApp(
         title="Foveate",
@@ -104,6 +115,8 @@ def create_app(
     _add_status(app, model_name, engine, vision, metrics)
     add_status(app, model_name, engine, vision, app.state.incidents)
     add_pages(app, needs_key=bool(settings.http.api_key))
+    if chat_page is not None:
+        app.router.routes.extend(chat_page.routes())
     return app
 
 

@@ -7,8 +7,9 @@ import contextlib
 import functools
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from foveate.api.completion import SeenPicture
 from foveate.api.feeding import Take, feeding, not_ready
 from foveate.api.pictures import Picture, PictureLoader, find_pictures
 from foveate.api.sampling import sampling_params
@@ -22,8 +23,10 @@ from foveate.engine.client import EngineClient
 from foveate.engine.messages import Chunk, Generate, Ready, SamplingParams
 from foveate.errors import ContextLengthExceeded, ModelNotFound
 from foveate.media.fetch import MediaFetcher
+from foveate.media.slicing import SlicePlan
 from foveate.telemetry import Metrics
 from foveate.vision.client import VisionClient
+from foveate.vision.remote import Encoded
 
 _INLINE_CHARACTERS = 4096
 """Longer conversations are tokenized in a thread, so that streams go on meanwhile."""
@@ -39,13 +42,15 @@ class PlannedChat:
         id: names it to the engine and to the client.
         prompt: the tokens, with room for the pictures.
         pictures: in the order of the prompt; emptied once they are encoded. Their files may still be on their way.
+        plans: how each picture is cut, and its file's width and height, in the same order.
+        cached: of each picture that is encoded, by its place, whether its embeddings were there already.
         sampling: how tokens are chosen.
         stops: texts that end an answer.
         skip_special_tokens: whether special tokens are left out of the answer's text.
         n: how many answers.
         arrived: when it came, on the clock of :func:`time.perf_counter`.
         times: where its time goes.
-        tell_times: whether the answer says so.
+        tell_times: whether the answer says so, and how the pictures were seen.
     """
 
     id: str
@@ -58,6 +63,21 @@ class PlannedChat:
     arrived: float
     times: StageTimes
     tell_times: bool
+    plans: Sequence[tuple[SlicePlan, tuple[int, int]]] = ()
+    cached: dict[int, bool] = field(default_factory=dict)
+
+    def seen_pictures(self) -> list[SeenPicture]:
+        """Say how each picture was cut, and what it took of the prompt."""
+        return [
+            SeenPicture(
+                *size,
+                slices=plan.num_slices,
+                grid=plan.grid,
+                tokens=sum(length for _, length in ranges),
+                cached=self.cached.get(place, False),
+            )
+            for place, ((plan, size), ranges) in enumerate(zip(self.plans, self.prompt.image_ranges, strict=True))
+        ]
 
 
 class ChatService:
@@ -132,6 +152,7 @@ class ChatService:
             arrived=arrived,
             times=times,
             tell_times=request.timings is True,
+            plans=[(one.plan, one.file.size) for one in pictures],
         )
 
     async def run(self, chat: PlannedChat) -> AsyncGenerator[Chunk, None]:
@@ -157,7 +178,11 @@ class ChatService:
                     yield chunk
 
     async def _encode(self, chat: PlannedChat, take: Take) -> None:
-        await self._loader.encode(chat.pictures, chat.times, take)
+        def take_noted(place: int, encoded: Encoded) -> None:
+            chat.cached[place] = encoded.cached
+            take(place, encoded)
+
+        await self._loader.encode(chat.pictures, chat.times, take_noted)
         chat.pictures.clear()
 
     def _check_text_length(self, request: ChatCompletionRequest, limits: Ready) -> None:

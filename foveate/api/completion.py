@@ -70,8 +70,28 @@ class Choice(msgspec.Struct, frozen=True):
     finish_reason: Reason
 
 
+class SeenPicture(msgspec.Struct, frozen=True):
+    """How one of the request's pictures was seen.
+
+    ``width`` and ``height`` are the file's, in pixels. ``slices`` counts the overview too; ``grid`` has the columns and
+    rows of the others, and is null if there are none. ``tokens`` are those of all slices together. ``cached`` says
+    whether its embeddings were there already.
+    """
+
+    width: int
+    height: int
+    slices: int
+    grid: tuple[int, int] | None
+    tokens: int
+    cached: bool
+
+
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to a request that does not stream. ``created`` is in Unix seconds, ``timings`` are in seconds."""
+    """The answer to a request that does not stream.
+
+    ``created`` is in Unix seconds. Only if the request asked for ``timings``, they are here, in seconds, and
+    ``pictures``, in the order of the conversation.
+    """
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -81,6 +101,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     system_fingerprint: str
     timings: dict[str, float] | UnsetType = UNSET
+    pictures: list[SeenPicture] | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -102,7 +123,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     """One event of a stream. If the request asked for ``usage``, it is null until the last event.
 
-    ``timings``, if asked for, are in the last event.
+    ``timings`` and ``pictures``, if asked for, are in the last event.
     """
 
     id: str
@@ -113,6 +134,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str
     timings: dict[str, float] | UnsetType = UNSET
+    pictures: list[SeenPicture] | UnsetType = UNSET
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):

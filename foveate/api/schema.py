@@ -212,7 +212,7 @@ class ChatCompletionRequest(Part):
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="No answer ends before it has so many tokens.")
     ignore_eos: bool | None = Field(None, description="Go on behind the model's own end; for measuring.")
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text, as without it.")
-    timings: bool | None = Field(None, description="Say in the answer how many seconds each stage took.")
+    timings: bool | None = Field(None, description="Say in the answer what each stage took, and how pictures were cut.")
 
     user: str | None = Field(None, description="Accepted; changes nothing.")
     safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")

@@ -22,6 +22,7 @@ from foveate.api.completion import (
     Message,
     PromptTokensDetails,
     Reason,
+    SeenPicture,
     TopLogprob,
     Usage,
 )
@@ -146,6 +147,7 @@ class Completion:
             usage=self._usage(),
             system_fingerprint=self._fingerprint,
             timings=self._timings(),
+            pictures=self._pictures(),
         )
 
     async def events(self, include_usage: bool) -> AsyncGenerator[bytes, None]:
@@ -171,7 +173,7 @@ class Completion:
                     end = ChunkChoice(piece.index, Delta(), finish_reason=piece.reason)
                     yield self._event([end], no_usage)
         if include_usage or self._chat.tell_times:
-            yield self._event([], self._usage() if include_usage else UNSET, self._timings())
+            yield self._event([], self._usage() if include_usage else UNSET, self._timings(), self._pictures())
         yield DONE
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
@@ -232,11 +234,15 @@ class Completion:
             return UNSET
         return self._chat.times.summary(time.perf_counter() - self._chat.arrived)
 
+    def _pictures(self) -> list[SeenPicture] | msgspec.UnsetType:
+        return self._chat.seen_pictures() if self._chat.tell_times else UNSET
+
     def _event(
         self,
         choices: list[ChunkChoice],
         usage: Usage | msgspec.UnsetType | None,
         timings: dict[str, float] | msgspec.UnsetType = UNSET,
+        pictures: list[SeenPicture] | msgspec.UnsetType = UNSET,
     ) -> bytes:
         chunk = ChatCompletionChunk(
             id=self._chat.id,
@@ -246,5 +252,6 @@ class Completion:
             usage=usage,
             system_fingerprint=self._fingerprint,
             timings=timings,
+            pictures=pictures,
         )
         return event(self._encoder.encode(chunk))

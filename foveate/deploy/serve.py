@@ -32,6 +32,7 @@ from foveate.deploy.listen import listen, url_of
 from foveate.deploy.resolve import ResolvedModel, resolve_model
 from foveate.deploy.supervise import Child, ChildFailed, RestartPolicy, keep_alive
 from foveate.deploy.tls import Certificate, read_certificate
+from foveate.deploy.webchat import WebChat, require_gradio
 from foveate.deploy.welcome import curl_line, ready_line
 from foveate.telemetry import configure_logging
 
@@ -56,6 +57,8 @@ def serve(settings: Settings) -> int:
         CheckpointError: the model is not there, or is not one that can be served.
     """
     settings = with_secrets(settings)
+    if settings.http.ui:
+        require_gradio()
     configure_logging(settings.logs, "api")
     certificate = read_certificate(settings.http)
     with contextlib.closing(inherited_listener() or listen(settings.http)) as listener:
@@ -127,6 +130,7 @@ class Service:
     ) -> None:
         # This takes a second, in which the children, which are already running, import torch.
         from foveate.api.app import create_app
+        from foveate.api.forward import PATH
         from foveate.chat.assets import ModelAssets
         from foveate.checkpoint.identity import identity
         from foveate.engine.client import EngineClient
@@ -149,7 +153,10 @@ class Service:
             identity=identity(model.folder, dummy=model.settings.load_format == "dummy"),
         )
         assets = ModelAssets.from_folder(model.folder)
-        app = create_app(settings, assets, model.name, self.engine, self.vision)
+        self.chat = WebChat(settings, self.url, PATH, directory) if settings.http.ui else None
+        app = create_app(
+            settings, assets, model.name, self.engine, self.vision, self.chat.socket if self.chat else None
+        )
         self.incidents: Incidents = app.state.incidents
         self.server = Server(
             uvicorn.Config(
@@ -185,6 +192,7 @@ class Service:
         watching = asyncio.create_task(keep_alive(self.worker, self._on_death, policy=self.policy))
         looking = asyncio.create_task(self._keep_looking())
         announcing = asyncio.create_task(self._announce())
+        chatting = asyncio.create_task(self.chat.keep(self._usable) if self.chat else asyncio.sleep(0))
         try:
             await asyncio.wait({serving, watching, looking}, return_when=asyncio.FIRST_COMPLETED)
             return await self._end(serving, watching, looking)
@@ -195,9 +203,9 @@ class Service:
             # Whatever has happened: whoever waits for their end keeps this process from its own.
             for child in self._children:
                 child.kill()
-            for task in (serving, watching, looking, announcing):
+            for task in (serving, watching, looking, announcing, chatting):
                 task.cancel()
-            await asyncio.gather(serving, watching, looking, announcing, return_exceptions=True)
+            await asyncio.gather(serving, watching, looking, announcing, chatting, return_exceptions=True)
             await self.vision.close()
             await self.engine.close()
 
@@ -219,11 +227,11 @@ class Service:
     async def _hand_over(self) -> None:
         await self._retire.wait()
         await retire(self.server)
-        self.server.should_exit = True
+        self._stop()
 
     @property
     def _children(self) -> list[Child]:
-        return [self.worker, *([self.encoder] if self.encoder else [])]
+        return [self.worker, *([self.encoder] if self.encoder else []), *([self.chat.child] if self.chat else [])]
 
     async def _keep_looking(self) -> None:
         """Keep the vision service alive. Ends only by cancellation, or if it can never have worked.
@@ -270,6 +278,8 @@ class Service:
 
     def _stop(self) -> None:
         self._stopping.set()
+        if self.chat is not None:
+            self.chat.end()
         self.server.should_exit = True
 
     def _on_death(self, reason: str) -> None:
@@ -294,6 +304,8 @@ class Service:
             if not again:
                 line = curl_line(self.url, self.model.name, self.has_key, certificate=self.certificate)
                 print(f"Try it:\n\n{line}\n", flush=True)
+                if self.chat is not None:
+                    print(f"Web chat: {self.chat.url}", flush=True)
             again = True
             await self._died.wait()
             self._died.clear()

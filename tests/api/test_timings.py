@@ -17,10 +17,10 @@ OF_PICTURES = {"fetch", "picture_decode", "slice", "queue", "encode", "write", "
 TIMINGS = {"timings": True}
 
 
-def plain(colour: tuple[int, int, int]) -> dict[str, Any]:
+def plain(colour: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> dict[str, Any]:
     """A picture of one colour."""
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), colour).save(file, "PNG")
+    Image.new("RGB", size, colour).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
@@ -80,6 +80,34 @@ def test_text_has_no_stages_of_pictures(client: openai.OpenAI, server: RunningSe
     assert {"prefill", "decode", "total"} <= set(answer.model_extra["timings"])
 
 
+def test_the_answer_tells_how_each_picture_was_seen(client: openai.OpenAI, server: RunningServer) -> None:
+    wide, small = plain((13, 14, 15), (900, 450)), plain((16, 17, 18))
+    whole = {**wide, "max_slice_nums": 1}
+    answers = [
+        client.chat.completions.create(**fields(server, *parts), extra_body=TIMINGS)
+        for parts in ([small], [wide, small, whole])
+    ]
+    first, told = (answer.model_extra["pictures"] for answer in answers if answer.model_extra)
+    per_slice = first[0]["tokens"]
+    assert first == [
+        {"width": 64, "height": 64, "slices": 1, "grid": None, "tokens": per_slice, "cached": False},
+    ]
+    assert told == [
+        {"width": 900, "height": 450, "slices": 3, "grid": [2, 1], "tokens": 3 * per_slice, "cached": False},
+        {"width": 64, "height": 64, "slices": 1, "grid": None, "tokens": per_slice, "cached": True},
+        {"width": 900, "height": 450, "slices": 1, "grid": None, "tokens": per_slice, "cached": False},
+    ]
+    assert answers[1].to_dict()["usage"]["prompt_tokens_details"]["image_tokens"] == 5 * per_slice
+
+
+def test_the_last_event_tells_of_pictures_too(client: openai.OpenAI, server: RunningServer) -> None:
+    picture = plain((19, 20, 21))
+    with client.chat.completions.create(**fields(server, picture), stream=True, extra_body=TIMINGS) as stream:
+        told = [(event.model_extra or {}).get("pictures") for event in stream]
+    assert told[:-1] == [None] * (len(told) - 1)
+    assert [one["cached"] for one in told[-1]] == [False]
+
+
 def test_who_does_not_ask_is_not_told(client: openai.OpenAI, server: RunningServer) -> None:
     answer = client.chat.completions.create(**fields(server), extra_body={"timings": False})
-    assert "timings" not in (answer.model_extra or {})
+    assert not {"timings", "pictures"} & set(answer.model_extra or {})
