@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ def browser_page(**options: Any) -> Iterator[Watched]:
         options: of the browser's context, such as ``viewport`` and ``color_scheme``.
     """
     if CHROMIUM is None:
-        pytest.skip("needs chromium")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs Chromium; on Debian: apt install chromium")
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
