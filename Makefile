@@ -43,8 +43,9 @@ proto: .venv/.installed-dev  ## Compile vision.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --descriptor_set_out=foveate/vision/vision.protoset --pyi_out=. \
 		foveate/vision/vision.proto
 
+# Not with --quiet: what is not printed would not be counted as a warning.
 docs: .venv/.installed-docs  ## Build the documentation's site in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "$(BIN)/python -m http.server --directory site 8080 shows it on http://127.0.0.1:8080"
 
 docs-reference: .venv/.installed  ## Make those pages of docs/ that are made from the code

@@ -19,8 +19,8 @@ from serving import ROOT
 from shown_output import difference
 
 PORT = "9997"
-BLOCK_SECONDS = 60
-READY_SECONDS = 60
+BLOCK_SECONDS = 120
+READY_SECONDS = 120
 STOP_SECONDS = 30
 _DONE = b"\x1e"
 _OPTIONS = ("-e", "-u", "-o", "pipefail")
