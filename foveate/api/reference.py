@@ -27,8 +27,11 @@ ENDPOINTS = (
     ),
     ("GET /version", False, "Foveate's version and the model's name."),
     ("GET /metrics", True, "Counters and times in Prometheus' format."),
+    ("GET /status", True, "What is served, how it is, and the latest errors, in JSON."),
     ("GET /openapi.json", False, "This page for programs: OpenAPI 3.1."),
-    ("GET /docs", False, "The same for people. It loads its scripts from a public server."),
+    ("GET /docs", False, "The same for people."),
+    ("GET /", False, "The dashboard: a page that reads `/metrics` and `/status`, with the key that is typed into it."),
+    ("GET /ui", False, "With `--ui`: the web chat, which asks its visitor for the key."),
 )
 """Every route: its method and path, whether it wants the key, if there is one, and what it does."""
 
@@ -150,6 +153,7 @@ def _structs() -> tuple[type[msgspec.Struct], ...]:
     return (
         completion.ChatCompletion, completion.Choice, completion.Message, completion.ChatCompletionChunk,
         completion.ChunkChoice, completion.Delta, completion.Usage, completion.PromptTokensDetails,
+        completion.SeenPicture,
         completion.Logprobs, completion.ContentLogprob, completion.TopLogprob, completion.ModelList, completion.Model,
         ErrorBody, ErrorDetail,
     )  # fmt: skip
@@ -201,6 +205,8 @@ def _type(field: Mapping[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
     match field.get("type"):
         case "array":
+            if several := field.get("prefixItems"):
+                return f"[{', '.join(_type(one) for one in several)}]"
             number = f", at most {field['maxItems']}" if "maxItems" in field else ""
             return f"list of {_type(field['items'])}{number}"
         case "object":
