@@ -52,6 +52,7 @@ class Reader:
             "HOME": str(self.home),
             "XDG_RUNTIME_DIR": str(folder / "run"),
             "FOVEATE_PORT": self.port,
+            "FOVEATE_URL": f"http://127.0.0.1:{self.port}",
             "FOVEATE_DEVICE": "cpu",
             "HF_HUB_OFFLINE": "1",
             # The documents show what a machine without a GPU prints.
