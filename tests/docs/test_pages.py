@@ -36,7 +36,8 @@ def test_made_pages_are_current(name: str, page: Any) -> None:
 def test_the_reference_has_every_route(server: RunningServer) -> None:
     served = httpx.get(f"{server.url}/openapi.json").json()["paths"]
     routes = {f"{method.upper()} {path.replace(':path', '')}" for path, methods in served.items() for method in methods}
-    assert routes | {"GET /docs", "GET /openapi.json"} == {route for route, _, _ in reference.ENDPOINTS}
+    pages = {"GET /", "GET /docs", "GET /openapi.json", "GET /ui"}
+    assert routes | pages == {route for route, _, _ in reference.ENDPOINTS}
 
 
 def request(**fields: Any) -> dict[str, Any]:
