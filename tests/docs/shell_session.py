@@ -18,7 +18,9 @@ from markdown_blocks import Block
 from serving import ROOT
 from shown_output import difference
 
-PORT = "9997"
+PORT, CHAT_PORT = "9997", "7860"
+# How what a server and a web chat print ends when they are ready.
+_READY = ("\n\n", "(Ctrl-C ends it)\n")
 BLOCK_SECONDS = 120
 READY_SECONDS = 120
 STOP_SECONDS = 30
@@ -40,7 +42,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.clone = folder / "foveate"
         self.home = folder / "home"
-        self.port = str(_free_port())
+        self.port, self.chat_port = str(_free_port()), str(_free_port())
         _make_clone(self.clone)
         self.home.mkdir()
         (folder / "run").mkdir(mode=0o700)
@@ -52,6 +54,7 @@ class Reader:
             "HOME": str(self.home),
             "XDG_RUNTIME_DIR": str(folder / "run"),
             "FOVEATE_PORT": self.port,
+            "FOVEATE_UI_PORT": self.chat_port,
             "FOVEATE_URL": f"http://127.0.0.1:{self.port}",
             "FOVEATE_DEVICE": "cpu",
             "HF_HUB_OFFLINE": "1",
@@ -120,8 +123,9 @@ class Reader:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired as error:
                 raise DocumentError(f"{block}: Ctrl-C did not end it\n{_text(log)}") from error
-            if "Stopping; running requests may finish" not in _text(log):
-                raise DocumentError(f"{block}: did not say that it ends\n{_text(log)}")
+            # A make that runs a server dies of the signal itself, whatever the server does.
+            if process.returncode and "Stopping; running requests may finish" not in _text(log):
+                raise DocumentError(f"{block}: did not end well\n{_text(log)}")
 
     def _paste(self, block: Block) -> str:
         file = self._write(block)
@@ -175,8 +179,7 @@ class Reader:
                 start_new_session=True,
             )
         for _ in range(READY_SECONDS * 10):
-            # The last line of what a server prints when it is ready is an empty one.
-            if _text(log).endswith("\n\n"):
+            if _text(log).endswith(_READY):
                 self._staying.append((block, process, log))
                 return _text(log)
             if process.poll() is not None:
@@ -191,7 +194,7 @@ class Reader:
         return path
 
     def _for_this_port(self, text: str) -> str:
-        return text.replace(PORT, self.port)
+        return text.replace(PORT, self.port).replace(CHAT_PORT, self.chat_port)
 
     def _anonymous(self, text: str) -> str:
         """Name the folders as a document does."""
