@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help serve bench test check lint fmt proto docs-reference clean
+.PHONY: help serve bench test check lint fmt proto docs-reference screenshots clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -45,6 +45,9 @@ proto: .venv/.installed-dev  ## Compile vision.proto
 
 docs-reference: .venv/.installed  ## Make docs/configuration.md from the settings
 	$(BIN)/python -m foveate.deploy.reference > docs/configuration.md
+
+screenshots: .venv/.installed-dev  ## Make the pictures of the web chat (needs chromium and Chinese fonts)
+	PYTHONPATH=tests:. $(BIN)/python tests/ui/screenshots.py
 
 clean:  ## Remove the environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
