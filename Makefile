@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help serve bench test check lint fmt proto docs docs-reference clean
+.PHONY: help serve bench test check lint fmt proto docs docs-reference screenshots clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -53,6 +53,9 @@ docs-reference: .venv/.installed  ## Make those pages of docs/ that are made fro
 	$(BIN)/python -m foveate.api.metrics_reference > docs/metrics.md
 	$(BIN)/python -m foveate.api.reference > docs/api.md
 	$(BIN)/python -m foveate.checkpoint.cards > docs/real-model.md
+
+screenshots: .venv/.installed-dev  ## Make the pictures of the web chat (needs chromium and Chinese fonts)
+	PYTHONPATH=tests:. $(BIN)/python tests/ui/screenshots.py
 
 clean:  ## Remove the environment and all caches
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build site *.egg-info

@@ -95,7 +95,7 @@ def create_app(url: str, uploads: Path, access: Access, *, key: str | None, cert
         mcp_server=False,
         show_error=False,
         theme=theme(),
-        css=style(),
+        head=f"<style>{style()}</style>",
     )
     return Guard(app, uploads, check_host=access.check_host)
 

@@ -133,9 +133,11 @@ class Handlers:
         self._answering.stop(_visitor(request), drop=True)
 
     def clear(self, request: gr.Request) -> Update:
-        """Begin anew."""
-        self._answering.stop(_visitor(request), drop=True)
-        return [], gr.update(value=EMPTY, submit_btn=True, stop_btn=False), []
+        """Begin anew. What stands in the box stays: it may have been typed since the click."""
+        visitor = _visitor(request)
+        box = gr.update(submit_btn=True, stop_btn=False) if self._answering.is_busy(visitor) else gr.skip()
+        self._answering.stop(visitor, drop=True)
+        return [], box, []
 
     async def models(self, key: str | None, model: str | None) -> tuple[Any, Any]:
         """Fill the list of models; without it, say why and open the settings."""

@@ -21,7 +21,7 @@ from serving import ROOT
 PICTURES = ROOT / "foveate" / "demo" / "pictures"
 BOX = "#fv-box textarea"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 8_000
+PATIENCE = 20_000
 """Milliseconds for what the machine may be slow at."""
 # The camera is Chromium's own test picture.
 ARGUMENTS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -142,6 +142,12 @@ class ChatPage:
         facts = self.find("#fv-chat .fv-facts").nth(number)
         expect(facts).to_be_visible()
         return facts
+
+    def clear(self) -> None:
+        """Begin a new chat."""
+        self.page.click("#fv-new")
+        expect(self.questions).to_have_count(0)
+        expect(self.find(".fv-option")).to_have_count(0)
 
     def open_settings(self) -> None:
         """Open what stands beside the chat."""
