@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 
-from starlette.types import ASGIApp
+from foveate.ui.guard import Guard
 
 # As the server bounds them by default.
 MAX_PICTURE_BYTES = 32 * 2**20
@@ -53,7 +53,7 @@ def uploads_folder(parent: Path | None = None) -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-def create_app(url: str, uploads: Path, access: Access, *, key: str | None, certificate: Path | None) -> ASGIApp:
+def create_app(url: str, uploads: Path, access: Access, *, key: str | None, certificate: Path | None) -> Guard:
     """Make the application.
 
     Args:
@@ -66,7 +66,6 @@ def create_app(url: str, uploads: Path, access: Access, *, key: str | None, cert
     import gradio as gr
     from fastapi import FastAPI
 
-    from foveate.ui.guard import Guard
     from foveate.ui.handlers import Handlers
     from foveate.ui.page import Page, style, theme
     from foveate.ui.server import Server
@@ -100,7 +99,7 @@ def create_app(url: str, uploads: Path, access: Access, *, key: str | None, cert
     return Guard(app, uploads, check_host=access.check_host)
 
 
-def serve(app: ASGIApp, listener: socket, announce: Callable[[], None] = lambda: None) -> None:
+def serve(app: Guard, listener: socket, announce: Callable[[], None] = lambda: None) -> None:
     """Serve on a listening socket until Ctrl-C or SIGTERM.
 
     Args:
@@ -115,10 +114,12 @@ def serve(app: ASGIApp, listener: socket, announce: Callable[[], None] = lambda:
             await super().startup(sockets)
             announce()
 
-    # Open pages hold a connection each, which nothing ends by itself.
-    config = uvicorn.Config(
-        app, ws="none", log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
-    )
+        async def shutdown(self, sockets: list[socket] | None = None) -> None:
+            # Open pages hold a connection each, which nothing ends by itself.
+            app.end()
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(app, ws="none", log_level="warning", access_log=False, server_header=False)
     with contextlib.suppress(KeyboardInterrupt):
         Server(config).run([listener])
 

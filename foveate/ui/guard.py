@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from pathlib import Path
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -36,6 +38,8 @@ class Guard:
         self._uploads = uploads
         self._check_host = check_host
         self._limit = limit
+        self._open: set[asyncio.Task[Any]] = set()
+        self._ended: set[asyncio.Task[Any]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -52,7 +56,24 @@ class Guard:
             await send(message)
 
         refused = self._refusal(scope)
-        await (refused or self.app)(scope, receive, send_with_policy)
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        try:
+            await (refused or self.app)(scope, receive, send_with_policy)
+        except asyncio.CancelledError:
+            # Cut off; the web server would log it as an error of the page's.
+            if task not in self._ended:
+                raise
+        finally:
+            self._open.discard(task)
+            self._ended.discard(task)
+
+    def end(self) -> None:
+        """Cut off whoever is connected."""
+        self._ended |= self._open
+        for task in self._open:
+            task.cancel()
 
     def _refusal(self, scope: Scope) -> PlainTextResponse | None:
         headers = Headers(scope=scope)

@@ -20,17 +20,21 @@ LIMIT = 2 * 2**20
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """The model of random weights."""
-    flags = ("--ui", "--api-key", KEY, "--max-body-bytes", str(LIMIT), "--max-image-bytes", str(LIMIT // 2))
-    with running_server(tmp_path_factory.mktemp("locked"), *flags) as running:
+def browser() -> Iterator[Browser]:
+    with running_browser() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_browser() as running:
+def locked(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[RunningServer]:
+    """The model of random weights. A page that is still open does not keep the server from its end."""
+    flags = ("--ui", "--api-key", KEY, "--max-body-bytes", str(LIMIT), "--max-image-bytes", str(LIMIT // 2))
+    with running_server(tmp_path_factory.mktemp("locked"), *flags) as running:
         yield running
+        ChatPage(browser.new_page(), f"{running.url}/ui/")
+    log = running.log.read_text(errors="replace")
+    assert "graceful shutdown exceeded" not in log
+    assert "Traceback" not in log
 
 
 def aborted(server: RunningServer) -> float:
