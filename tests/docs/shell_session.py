@@ -21,6 +21,8 @@ from shown_output import difference
 PORT, CHAT_PORT = "9997", "7860"
 # How what a server and a web chat print ends when they are ready.
 _READY = ("\n\n", "(Ctrl-C ends it)\n")
+# Settings of whoever runs the tests, and what make tells a make below it, such as to name its folders.
+_NOT_A_READER_S = ("FOVEATE_", "XDG_", "MAKE", "MFLAGS")
 BLOCK_SECONDS = 120
 READY_SECONDS = 120
 STOP_SECONDS = 30
@@ -46,7 +48,7 @@ class Reader:
         _make_clone(self.clone)
         self.home.mkdir()
         (folder / "run").mkdir(mode=0o700)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FOVEATE_", "XDG_"))}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_A_READER_S)}
         self.environment = {
             **inherited,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
