@@ -22,7 +22,7 @@ PORT, CHAT_PORT = "9997", "7860"
 # How what a server and a web chat print ends when they are ready.
 _READY = ("\n\n", "(Ctrl-C ends it)\n")
 # Settings of whoever runs the tests, and what make tells a make below it, such as to name its folders.
-_NOT_A_READER_S = ("FOVEATE_", "XDG_", "MAKE", "MFLAGS")
+_NOT_A_READER_S = ("FOVEATE_", "XDG_", "MAKE", "MFLAGS", "ARGS")
 BLOCK_SECONDS = 120
 READY_SECONDS = 120
 STOP_SECONDS = 30
