@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = shutil.which("chromium")
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
 _MOST_MS = 90_000
 
 
@@ -30,6 +30,14 @@ class Watched:
     complaints: list[str] = field(default_factory=list)
 
 
+def chromium() -> str:
+    """Return the browser's path; skip where there is none, but not in CI."""
+    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs Chromium; on Debian: apt install chromium")
+    return found
+
+
 @contextlib.contextmanager
 def browser_page(**options: Any) -> Iterator[Watched]:
     """Open an empty page in a browser of its own; skip the test where there is none.
@@ -39,11 +47,10 @@ def browser_page(**options: Any) -> Iterator[Watched]:
     Args:
         options: of the browser's context, such as ``viewport`` and ``color_scheme``.
     """
-    if CHROMIUM is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs Chromium; on Debian: apt install chromium")
+    found = chromium()
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         page = browser.new_context(**options).new_page()
         # A server that starts again beside other tests takes its time.
         page.set_default_timeout(_MOST_MS)

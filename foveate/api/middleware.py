@@ -6,7 +6,6 @@ Plain ASGI: the framework's own base class would put a queue between each token 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import logging
 import re
 import time
@@ -20,6 +19,7 @@ from foveate.api.errors import error_response, internal_error, json_response, re
 from foveate.api.incidents import Incidents, note
 from foveate.config import HttpSettings
 from foveate.errors import Unauthorized
+from foveate.hosts import is_loopback
 from foveate.telemetry import Metrics, request_id
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class AccessControl:
         self._host = settings.host.lower()
         # A name that an attacker points at 127.0.0.1 arrives as that name. With a key that gains nothing,
         # and a proxy in front may use any name.
-        self._check_host = not self._keys and (self._host == "localhost" or _is_loopback(self._host))
+        self._check_host = not self._keys and is_loopback(self._host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on or refuse it."""
@@ -111,7 +111,7 @@ class AccessControl:
         if match is None:
             return False
         name = match[1].strip("[]").rstrip(".").lower()
-        return name in ("localhost", self._host) or _is_loopback(name)
+        return name == self._host or is_loopback(name)
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -134,10 +134,3 @@ def cors_options(settings: HttpSettings) -> dict[str, Any]:
         "expose_headers": ["x-request-id", "retry-after"],
         "max_age": _PREFLIGHT_SECONDS,
     }
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import re
 import time
@@ -16,6 +15,7 @@ import httpx
 from foveate.client.options import Where, key_from_environment
 from foveate.client.stream import Answer, harmless, refusal
 from foveate.errors import ConfigError, FoveateError, Unauthorized
+from foveate.hosts import is_loopback
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0
@@ -45,7 +45,7 @@ class Server:
         self._key_hint = ""
         headers = self._authorization(where, host)
         # A proxy for the world outside does not know this machine's own servers.
-        mounts: Mapping[str, None] | None = {f"all://{urlsplit(self.url).netloc}": None} if _is_loopback(host) else None
+        mounts: Mapping[str, None] | None = {f"all://{urlsplit(self.url).netloc}": None} if is_loopback(host) else None
         timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
         self._client = httpx.Client(headers=headers, timeout=timeout, mounts=mounts)
 
@@ -125,7 +125,7 @@ class Server:
         key, source = where.api_key, "--api-key"
         if key is None:
             key, source = key_from_environment()
-        if source == "OPENAI_API_KEY" and key and self.url.startswith("http://") and not _is_loopback(host):
+        if source == "OPENAI_API_KEY" and key and self.url.startswith("http://") and not is_loopback(host):
             self._key_hint = " (OPENAI_API_KEY is not sent without HTTPS to another machine)"
             key = None
         if key is None:
@@ -186,12 +186,3 @@ def _addresses(url: str) -> tuple[str, str]:
     path = parts.path.rstrip("/")
     origin = f"{parts.scheme}://{parts.netloc}"
     return origin + path.removesuffix("/v1"), origin + (path or "/v1")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -8,16 +8,9 @@ import socket
 
 from foveate.config import HttpSettings
 from foveate.errors import ConfigError
+from foveate.hosts import is_loopback
 
 BACKLOG = 2048
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address; names other than localhost count as reachable."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def listen(http: HttpSettings) -> socket.socket:

@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 from cyclopts import Parameter
 
 from foveate.config import HttpSettings
-from foveate.deploy.listen import is_loopback, listen, url_of
+from foveate.deploy.listen import listen, url_of
 from foveate.deploy.webchat import require_gradio
 from foveate.errors import ConfigError
+from foveate.hosts import is_loopback
 from foveate.ui.app import Access, create_app, serve, uploads_folder
 
 DEFAULT_URL = "http://127.0.0.1:9997"

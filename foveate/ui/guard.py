@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from foveate.hosts import is_loopback
 
 MAX_UPLOADED_BYTES = 2 * 2**30
 """All files together; they are removed some hours after they came."""
@@ -100,7 +101,4 @@ def _comes_from_elsewhere(headers: Headers) -> bool:
 
 def _is_this_machine(host: str) -> bool:
     name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name.rstrip(".").lower() == "localhost"
+    return is_loopback(name) or name.rstrip(".").lower() == "localhost"

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 from asked import PICTURES, ask, pictured
-from browser import CHROMIUM
+from browser import chromium
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from serving import ROOT, running_server
@@ -67,7 +67,7 @@ def main() -> None:
         running_server(Path(folder), model=None) as server,
         sync_playwright() as playwright,
     ):
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         pages: dict[str, Any] = {}
         for scheme in SCHEMES:
             pages[scheme] = browser.new_context(viewport=SIZE, color_scheme=scheme).new_page()

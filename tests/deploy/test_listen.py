@@ -5,8 +5,9 @@ import socket
 import pytest
 
 from foveate.config import HttpSettings
-from foveate.deploy.listen import is_loopback, listen, url_of
+from foveate.deploy.listen import listen, url_of
 from foveate.errors import ConfigError
+from foveate.hosts import is_loopback
 
 
 def test_port_0_gives_a_free_port_that_accepts() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +14,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from browser import chromium
 from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
 from serving import ROOT
 
 PICTURES = ROOT / "foveate" / "demo" / "pictures"
 BOX = "#fv-box textarea"
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE = 20_000
 """Milliseconds for what the machine may be slow at."""
 # The camera is Chromium's own test picture.
@@ -32,14 +31,8 @@ expect.set_options(timeout=PATIENCE)
 @contextlib.contextmanager
 def running_browser() -> Iterator[Browser]:
     """Start Chromium without a window; skip where there is none, but not in CI."""
-    found = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    if found is None:
-        message = "needs Chromium; on Debian: apt install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
         yield browser
         browser.close()
 
